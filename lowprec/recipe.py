@@ -1,7 +1,7 @@
 """What is quantized and how: typed, checked before any work starts, and written down layer by layer when applied.
 
-A :class:`Recipe` holds one weight scheme, one activation scheme and ordered rules. The shipped recipes are the YAML files
-in ``lowprec/recipes/quant``; this module imports no torch, so a mistyped recipe is found at once.
+A :class:`Recipe` holds one weight scheme, one activation scheme and ordered rules. The shipped recipes are the YAML
+files in ``lowprec/recipes/quant``; this module imports no torch, so a mistyped recipe is found at once.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ class RecipeError(ValueError):
 
 
 # Optional[...] rather than "| None": OmegaConf reads these annotations as its schema.
-@dataclass(frozen=True)
+@dataclass
 class WeightScheme:
     """How the weights of a layer are quantized.
 
-    bits: 2 (ternary), 4 or 8. cluster_size: input channels that share a scale. layout: ``kernel`` (whole kernels share it,
-    arXiv 1701.08978) or ``element`` (the weights at one kernel position do, arXiv 1705.01462). solver: of ternary scales.
+    bits: 2 (ternary), 4 or 8 (one exponent per output channel, no clusters). cluster_size: input channels that share a
+    scale. layout: ``kernel`` (whole kernels share it, arXiv 1701.08978) or ``element`` (the weights at one kernel
+    position do, arXiv 1705.01462). solver: of ternary scales.
     """
 
     bits: int = 2
@@ -44,20 +45,21 @@ class WeightScheme:
     solver: str = "exact"
 
 
-@dataclass(frozen=True)
+@dataclass
 class ActivationScheme:
-    """How activations are quantized: their bits, what chooses the exponent, and the share of values that ``percentile`` keeps."""
+    """How activations are quantized: their bits, what chooses the exponent, the share (%) that ``percentile`` keeps."""
 
     bits: int = 8
     calibrator: str = "mse"
     percentile: float = 99.99
 
 
-@dataclass(frozen=True)
+@dataclass
 class Rule:
     """Changes the weight scheme of the layers whose name matches ``pattern``; what is left out stays as it is.
 
-    pattern: a layer's name with the wildcards ``* ? [...]``, or a role: ``@first_convolution``, ``@depthwise``, ``@classifier``.
+    pattern: a layer's name with the wildcards ``* ? [...]``, or a role: ``@first_convolution``, ``@depthwise``,
+    ``@classifier``.
     """
 
     pattern: str = "*"
@@ -92,7 +94,7 @@ class LayerAssignment:
     rules: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Recipe:
     """What is quantized and how. See :class:`WeightScheme`, :class:`ActivationScheme` and :class:`Rule`."""
 

@@ -1,0 +1,67 @@
+"""The quantizer of an activation tensor: one exponent, 8-bit codes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowprec.numerics.fixed_point import (
+    MAXIMUM_EXPONENT,
+    SIGNED_8_BIT,
+    UNSIGNED_8_BIT,
+    CodeRange,
+    power_of_two,
+)
+from lowprec.numerics.straight_through import straight_through_activation
+
+# What the exponent holds until calibration has chosen one.
+UNCALIBRATED = MAXIMUM_EXPONENT + 1
+
+
+class ActivationQuantizer(nn.Module):
+    """Quantizes a tensor to 8-bit dynamic fixed point: clamp(round_half_even(x / 2^e)) · 2^e.
+
+    Every tensor between operators has one, whatever the number of its users. signed: whether the tensor can be negative.
+    The exponent is state (a buffer); :func:`lowprec.calibrate` sets it. With ``quantizing`` off, values pass unchanged.
+    """
+
+    exponent: Tensor
+
+    def __init__(self, signed: bool) -> None:
+        super().__init__()
+        self.signed = signed
+        self.quantizing = True
+        self.calibrated = False
+        self.register_buffer("exponent", torch.tensor(UNCALIBRATED, dtype=torch.int32))
+
+    @property
+    def codes(self) -> CodeRange:
+        """The codes that the tensor may take: 0 … 255, or -128 … 127 where it can be negative."""
+        return SIGNED_8_BIT if self.signed else UNSIGNED_8_BIT
+
+    def set_exponent(self, exponent: int) -> None:
+        """Fixes the exponent; the quantizer is calibrated from here on."""
+        self.exponent.fill_(exponent)
+        self.calibrated = True
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Any shape; values on the grid of 2^e. Gradient: straight through, zero outside the range.
+
+        Raises:
+            RuntimeError: no exponent has been chosen yet.
+        """
+        if not self.quantizing:
+            return values
+        if not self.calibrated:
+            raise RuntimeError("activation exponents are not chosen yet: call lowprec.calibrate(qmodel, batches) first")
+        return straight_through_activation(values, power_of_two(self.exponent), self.codes)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self.calibrated = int(self.exponent) != UNCALIBRATED
+
+    def extra_repr(self) -> str:
+        exponent = f"2^{int(self.exponent)}" if self.calibrated else "not calibrated"
+        return f"[{self.codes.low}, {self.codes.high}], {exponent}"

@@ -1,0 +1,153 @@
+"""Fake-quant convolution and linear layers: one module is one integer operator, with its batch norm and activation.
+
+In training: quantized unfolded weights, batch norm on batch statistics, activation, quantizer. In evaluation: weights and
+bias with the batch norm folded in, rounded just as the integer model holds them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lowprec.layers.activations import ActivationQuantizer
+from lowprec.layers.operators import ACTIVATIONS
+from lowprec.layers.weights import FoldedWeights, WeightQuantizer, bias_exponent_floor
+from lowprec.numerics.fixed_point import dequantize, quantize_to_grid
+from lowprec.recipe import WeightScheme
+
+
+class FoldedLayer(NamedTuple):
+    """Weights and bias of a layer as the integer model has them; bias [O]: float64, on the grid of 2^(e_x + e_o)."""
+
+    weights: FoldedWeights
+    bias: Tensor
+
+
+class QuantizedLayer(nn.Module):
+    """What convolution and linear layers share.
+
+    name: its place in the model, for messages. norm: the batch norm that follows, or None. activation: "", "relu" or
+    "relu6". quantizer: of the output; None for the network's logits, which stay 32-bit sums. source: the quantizer of the
+    input, whose exponent the bias needs.
+    """
+
+    def __init__(
+        self,
+        operator: nn.Conv2d | nn.Linear,
+        scheme: WeightScheme,
+        source: ActivationQuantizer,
+        norm: nn.BatchNorm2d | None = None,
+        activation: str = "",
+        quantizer: ActivationQuantizer | None = None,
+        name: str = "",
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.scheme = scheme
+        self.weight = operator.weight
+        self.bias = operator.bias
+        self.norm = norm
+        self.activation = activation
+        self.quantizer = quantizer
+        self.quantizing = True
+        # In a tuple, so that the producer's quantizer is referred to and not registered a second time.
+        self._source = (source,)
+        self.weight_quantizer = WeightQuantizer(tuple(operator.weight.shape), scheme)
+        self.weight_quantizer.to(operator.weight.device)
+        self.weight_quantizer.solve(operator.weight, name)
+
+    def operate(self, values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution or matrix product with that weight and bias."""
+        raise NotImplementedError
+
+    @property
+    def source(self) -> ActivationQuantizer:
+        """The quantizer of the input tensor."""
+        return self._source[0]
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Convolution: [B, I, H, W] -> [B, O, H', W']; linear: [B, I] -> [B, O]; on the output quantizer's grid."""
+        output = self.unquantized(values)
+        return output if self.quantizer is None else self.quantizer(output)
+
+    def unquantized(self, values: Tensor) -> Tensor:
+        """The values that the output quantizer rounds."""
+        return ACTIVATIONS[self.activation](self.normalized(values))
+
+    def normalized(self, values: Tensor) -> Tensor:
+        """The output before the activation function."""
+        if not self.quantizing:
+            return self._normalize(self.operate(values, self.weight, self.bias))
+        if self.training:
+            self.weight_quantizer.descend(self.weight)
+            return self._normalize(self.operate(values, self.weight_quantizer(self.weight), self.bias))
+        return self._evaluate(values)
+
+    def before_norm(self, values: Tensor) -> Tensor:
+        """The output before batch norm, with quantized unfolded weights (full-precision ones while not quantizing)."""
+        weight = self.weight_quantizer(self.weight) if self.quantizing else self.weight
+        return self.operate(values, weight, self.bias)
+
+    def weight_codes(self) -> Tensor:
+        """Codes of the weights, int8, of the weight's shape: -1 … 1, -7 … 7 or -128 … 127."""
+        return self.weight_quantizer.codes(self.weight).to(torch.int8)
+
+    @torch.no_grad()
+    def fold(self) -> FoldedLayer:
+        """Weights and bias with the batch norm's running statistics folded in, rounded as the integer model has them."""
+        gain = None
+        bias = torch.zeros(self.weight.shape[0], dtype=torch.float64, device=self.weight.device)
+        if self.bias is not None:
+            bias = self.bias.double()
+        if self.norm is not None:
+            gain, offset = self._gain_and_offset(self.norm)
+            bias = bias * gain + offset
+        floor = bias_exponent_floor(bias, self.source.exponent)
+        weights = self.weight_quantizer.fold(self.weight, gain, floor)
+        return FoldedLayer(weights, quantize_to_grid(bias, self.source.exponent + weights.exponent))
+
+    def _evaluate(self, values: Tensor) -> Tensor:
+        weights, bias = self.fold()
+        exponent = weights.exponent.view(-1, *[1] * (self.weight.dim() - 1))
+        weight = dequantize(weights.effective.to(values.dtype), exponent)
+        return self.operate(values, weight.to(values.dtype), bias.to(values.dtype))
+
+    def _normalize(self, values: Tensor) -> Tensor:
+        return values if self.norm is None else self.norm(values)
+
+    @staticmethod
+    def _gain_and_offset(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+        if norm.running_mean is None or norm.running_var is None:
+            raise ValueError("a batch norm without running statistics cannot be folded")
+        gain = 1.0 / (norm.running_var.double() + norm.eps).sqrt()
+        if norm.weight is not None:
+            gain = gain * norm.weight.double()
+        offset = -norm.running_mean.double() * gain
+        return gain, offset if norm.bias is None else offset + norm.bias.double()
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}" if self.activation else ""
+
+
+class QuantizedConv2d(QuantizedLayer):
+    """Fake-quant ``nn.Conv2d``, grouped and depthwise too."""
+
+    def __init__(self, operator: nn.Conv2d, *arguments: object, **keywords: object) -> None:
+        super().__init__(operator, *arguments, **keywords)  # type: ignore[arg-type]
+        self.stride = operator.stride
+        self.padding = operator.padding
+        self.dilation = operator.dilation
+        self.groups = operator.groups
+
+    def operate(self, values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return functional.conv2d(values, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class QuantizedLinear(QuantizedLayer):
+    """Fake-quant ``nn.Linear``."""
+
+    def operate(self, values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return functional.linear(values, weight, bias)

@@ -1,0 +1,120 @@
+"""Fake-quant operators without weights: residual add, average pooling, a ReLU of its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lowprec.layers.activations import ActivationQuantizer
+from lowprec.numerics.fixed_point import quantize_to_grid
+
+# The activation functions that are fused into an operator, by name; "" is none.
+ACTIVATIONS = {"": lambda values: values, "relu": functional.relu, "relu6": functional.relu6}
+
+
+class QuantizedAdd(nn.Module):
+    """Residual add of two 8-bit tensors, then its activation function, requantized: the form ``requantized``."""
+
+    def __init__(self, activation: str, quantizer: ActivationQuantizer) -> None:
+        super().__init__()
+        self.activation = activation
+        self.quantizer = quantizer
+
+    def unquantized(self, left: Tensor, right: Tensor) -> Tensor:
+        """The values that the quantizer rounds."""
+        return ACTIVATIONS[self.activation](left + right)
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        """Two tensors of equal shape; their sum on the output's grid."""
+        return self.quantizer(self.unquantized(left, right))
+
+
+class QuantizedAveragePool(nn.Module):
+    """Average pooling of an 8-bit tensor, requantized.
+
+    kernel_size None pools globally, to [B, C, 1, 1]. The sum of codes is exact; one correctly rounded division by a tensor
+    (a Python number may turn it into a multiplication by the reciprocal) and one rounding follow, so ties are ties
+    everywhere. keep_axes False drops the pooled axes: [B, C].
+    """
+
+    def __init__(
+        self,
+        quantizer: ActivationQuantizer,
+        kernel_size: tuple[int, int] | None = None,
+        stride: tuple[int, int] | None = None,
+        padding: tuple[int, int] = (0, 0),
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        keep_axes: bool = True,
+    ) -> None:
+        super().__init__()
+        self.quantizer = quantizer
+        self.kernel_size = kernel_size
+        self.stride = stride or kernel_size
+        self.padding = padding
+        self.ceil_mode = ceil_mode
+        self.count_include_pad = count_include_pad
+        self.keep_axes = keep_axes
+
+    def unquantized(self, values: Tensor) -> Tensor:
+        """The values that the quantizer rounds."""
+        if self.kernel_size is None:
+            total = values.sum((2, 3), keepdim=self.keep_axes)
+            return total / torch.full((), values.shape[2] * values.shape[3], dtype=total.dtype, device=total.device)
+        ones = torch.ones_like(values[:1, :1])
+        return self._window_sums(values) / window_sizes(
+            ones,
+            self.kernel_size,
+            self.stride or self.kernel_size,
+            self.padding,
+            self.ceil_mode,
+            self.count_include_pad,
+        )
+
+    def _window_sums(self, values: Tensor) -> Tensor:
+        return functional.avg_pool2d(
+            values, self.kernel_size or 1, self.stride, self.padding, self.ceil_mode, True, divisor_override=1
+        )
+
+    def forward(self, values: Tensor) -> Tensor:
+        """[B, C, H, W]; the averages on the output's grid."""
+        return self.quantizer(self.unquantized(values))
+
+
+def window_sizes(
+    ones: Tensor,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+) -> Tensor:
+    """How many elements each pooling window divides by: [1, 1, H', W'], of the dtype of ``ones`` [1, 1, H, W]."""
+    if count_include_pad:
+        height, width = padding
+        ones = functional.pad(ones, (width, width, height, height), value=1.0)
+        padding = (0, 0)
+    return functional.avg_pool2d(ones, kernel_size, stride, padding, ceil_mode, True, divisor_override=1)
+
+
+class QuantizedReLU(nn.Module):
+    """A ReLU or ReLU6 that no operator could take in: it cuts an 8-bit tensor, which stays on its grid."""
+
+    def __init__(self, activation: str, source: ActivationQuantizer) -> None:
+        super().__init__()
+        self.activation = activation
+        # In a tuple, so that the producer's quantizer is referred to and not registered a second time.
+        self._source = (source,)
+
+    @property
+    def source(self) -> ActivationQuantizer:
+        """The quantizer whose grid the tensor lies on."""
+        return self._source[0]
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Any shape. ReLU6's 6 is rounded to the grid."""
+        values = functional.relu(values)
+        if self.activation == "relu6" and self.source.quantizing:
+            return torch.minimum(values, quantize_to_grid(values.new_tensor(6.0), self.source.exponent))
+        return values if self.activation == "relu" else values.clamp(max=6.0)

@@ -1,0 +1,140 @@
+"""The quantizer of a weight tensor: cluster scales as state, codes that follow the latent weights."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lowprec.numerics.clusters import ClusterLayout
+from lowprec.numerics.effective_codes import channel_exponents, effective_codes, mantissas
+from lowprec.numerics.fixed_point import dequantize, exponent_for
+from lowprec.numerics.solvers import (
+    ClusterScales,
+    check_finite,
+    descend_four_bit,
+    descend_ternary,
+    eight_bit_codes,
+    four_bit_codes,
+    solve_eight_bit,
+    solve_four_bit,
+    solve_ternary,
+    ternary_codes,
+)
+from lowprec.numerics.straight_through import straight_through_weight
+from lowprec.recipe import WeightScheme
+
+# |bias| stays below 2^22 units, far from the 2^24 up to which float32 holds every integer.
+BIAS_LIMIT = 1 << 22
+
+
+class FoldedWeights(NamedTuple):
+    """What an integer layer holds, as floating-point integers: value of a weight = effective · 2^exponent.
+
+    codes and effective: [O, I, *kernel]; mantissas: [O, G, 1, 1 or P], none for 8-bit weights; exponent: [O], int32.
+    """
+
+    codes: Tensor
+    mantissas: Tensor | None
+    exponent: Tensor
+    effective: Tensor
+
+
+class WeightQuantizer(nn.Module):
+    """Quantizes the weight of one layer by its scheme.
+
+    Scales and thresholds are buffers of full shape from the start, so checkpoints load strictly. They follow the latent
+    weights: :meth:`solve` finds them anew, :meth:`descend` takes one step of least squares. 8-bit weights have no state.
+    """
+
+    scale: Tensor
+    threshold: Tensor
+
+    def __init__(self, weight_shape: tuple[int, ...], scheme: WeightScheme) -> None:
+        super().__init__()
+        self.scheme = scheme
+        self.layout = ClusterLayout(tuple(weight_shape), scheme.cluster_size, scheme.layout)
+        if scheme.bits != 8:
+            self.register_buffer("scale", torch.zeros(self.layout.scale_shape))
+        if scheme.bits == 2:
+            self.register_buffer("threshold", torch.full(self.layout.scale_shape, torch.inf))
+
+    @torch.no_grad()
+    def solve(self, weight: Tensor, name: str) -> None:
+        """Finds the scales of ``weight`` with the scheme's solver; ``name`` is the layer's, for errors.
+
+        Raises:
+            ValueError: the weight holds an infinity or NaN.
+        """
+        check_finite(weight, name)
+        if self.scheme.bits == 2:
+            self._keep(solve_ternary(weight, self.layout, self.scheme.solver))
+        elif self.scheme.bits == 4:
+            self.scale.copy_(solve_four_bit(weight, self.layout))
+
+    @torch.no_grad()
+    def descend(self, weight: Tensor) -> None:
+        """Follows ``weight``, which moved a little: one descent step on the squared error."""
+        w_OGNP = self.layout.split(weight.detach().float())
+        if self.scheme.bits == 2:
+            self._keep(descend_ternary(w_OGNP, ClusterScales(self.scale, self.threshold), self.layout))
+        elif self.scheme.bits == 4:
+            self.scale.copy_(descend_four_bit(w_OGNP, self.scale, self.layout))
+
+    def codes(self, weight: Tensor) -> Tensor:
+        """Codes of ``weight`` as floating-point integers, same shape: -1 … 1, -7 … 7 or -128 … 127."""
+        if self.scheme.bits == 8:
+            return eight_bit_codes(weight, solve_eight_bit(weight))
+        return self.layout.merge(self._cluster_codes(weight))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """c · 2^e, the weights with rounded mantissas that training multiplies; float32, shape of ``weight``.
+
+        Gradient: straight through to ``weight``, unclipped.
+        """
+        with torch.no_grad():
+            folded = self.fold(weight, None, None)
+            quantized = dequantize(folded.effective, folded.exponent.view(-1, *[1] * (weight.dim() - 1)))
+        return straight_through_weight(weight, quantized.to(weight.dtype))
+
+    def fold(self, weight: Tensor, gain: Tensor | None, exponent_floor: Tensor | None) -> FoldedWeights:
+        """Codes, mantissas and exponents with a gain per output channel [O] folded into the scales.
+
+        The codes of ternary and 4-bit weights do not change by folding. exponent_floor [O] keeps exponents from falling
+        below what the bias needs. In float64 where a gain is folded, so that every device rounds alike.
+        """
+        wide = torch.float32 if gain is None else torch.float64
+        channel = (-1, *[1] * (weight.dim() - 1))
+        if self.scheme.bits == 8:
+            folded = weight.to(wide) if gain is None else weight.to(wide) * gain.view(channel)
+            exponent = solve_eight_bit(folded)
+            if exponent_floor is not None:
+                exponent = torch.maximum(exponent, exponent_floor)
+            codes = eight_bit_codes(folded, exponent)
+            return FoldedWeights(codes, None, exponent, codes)
+        scale = self.scale.to(wide) if gain is None else self.scale.to(wide) * gain.view(-1, 1, 1, 1)
+        exponent = channel_exponents(scale, self.scheme.bits, exponent_floor)
+        mantissa = mantissas(scale, exponent, self.scheme.bits)
+        codes = self._cluster_codes(weight)
+        effective = self.layout.merge(effective_codes(codes, mantissa, self.scheme.bits))
+        return FoldedWeights(self.layout.merge(codes), mantissa, exponent, effective)
+
+    def _cluster_codes(self, weight: Tensor) -> Tensor:
+        w_OGNP = self.layout.split(weight.detach().float())
+        return ternary_codes(w_OGNP, self.threshold) if self.scheme.bits == 2 else four_bit_codes(w_OGNP, self.scale)
+
+    def _keep(self, scales: ClusterScales) -> None:
+        self.scale.copy_(scales.scale)
+        self.threshold.copy_(scales.threshold)
+
+    def extra_repr(self) -> str:
+        if self.scheme.bits == 8:
+            return "8 bits, an exponent per output channel"
+        clusters = f"{self.layout.clusters} clusters of {self.layout.weights_per_cluster}"
+        return f"{self.scheme.bits} bits, {clusters} ({self.scheme.layout}, {self.scheme.solver})"
+
+
+def bias_exponent_floor(bias: Tensor, input_exponent: Tensor) -> Tensor:
+    """The least weight exponents [O] (int32) at which the bias [O], in units of 2^(input + weight exponent), fits."""
+    return exponent_for(bias.abs(), BIAS_LIMIT) - input_exponent

@@ -1,0 +1,257 @@
+"""From a full-precision model to its fake-quant twin: same names, same parameters, weights solved."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from contextlib import contextmanager
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from timm.layers.norm_act import BatchNormAct2d
+from torch import Tensor, fx, nn
+
+from lowprec.layers import (
+    ActivationQuantizer,
+    QuantizedAdd,
+    QuantizedAveragePool,
+    QuantizedConv2d,
+    QuantizedLinear,
+    QuantizedReLU,
+    quantized_layers,
+)
+from lowprec.operators import Operation, plan
+from lowprec.recipe import LayerAssignment, LayerTraits, Recipe, WeightScheme
+from lowprec.tracing import TracingError, check_same_function, module_path, trace
+
+log = logging.getLogger(__name__)
+
+# The rewritten graph in full precision against the original: pooling sums in another order, nothing else may differ.
+REWRITE_TOLERANCE = 1e-4
+
+
+def prepare(model: nn.Module, recipe: Recipe | str | Path, example_inputs: Tensor) -> fx.GraphModule:
+    """A fake-quant copy of ``model``: weights quantized and solved, activation quantizers on every tensor.
+
+    model: full-precision, weights loaded; it is not changed. recipe: a :class:`Recipe`, or a name or path for
+    ``Recipe.load``. example_inputs: images [B, C, H, W] on the model's device, to check the traced graph with (B ≥ 2 is
+    best: batch norm in train mode needs more than one value per channel).
+
+    The result keeps the model's module names; a convolution's batch norm becomes its child ``norm``. Its
+    ``meta["assignments"]`` says which layer got which scheme by which rules, ``meta["recipe"]`` is the recipe. Call
+    :func:`lowprec.calibrate` before anything else. A model on the meta device is prepared from shapes alone.
+
+    Raises:
+        UnsupportedModelError: operations without an integer form, each named.
+        TracingError: the model cannot be traced faithfully.
+        RecipeError: a rule that matches no layer, or an impossible recipe.
+        ValueError: a weight that is infinite or NaN.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    recipe.validate()
+    if not isinstance(example_inputs, Tensor):
+        raise TypeError(
+            f"example_inputs must be one tensor of images [B, C, H, W], not {type(example_inputs).__name__}"
+        )
+    if any(isinstance(module, ActivationQuantizer) for module in model.modules()):
+        raise ValueError("the model is prepared already: prepare the full-precision model")
+    original, model = model, copy.deepcopy(model)
+    traced = trace(model)
+    check_same_function(model, traced, example_inputs)
+    operations = plan(traced)
+    assignments = recipe.assign(_traits(operations, traced))
+    for assignment in assignments:
+        log.info("%s", describe_assignment(assignment))
+    _Builder(traced, {assignment.name: assignment.scheme for assignment in assignments}).build(operations)
+    traced.meta["recipe"] = recipe
+    traced.meta["assignments"] = assignments
+    traced.train(original.training)
+    _check_rewritten(original, traced, example_inputs)
+    return traced
+
+
+def describe_assignment(assignment: LayerAssignment) -> str:
+    """One line: the layer, its scheme, and the rules that gave it."""
+    scheme = assignment.scheme
+    clusters = "" if scheme.bits == 8 else f", clusters of {scheme.cluster_size} ({scheme.layout}, {scheme.solver})"
+    rules = f" by {', '.join(assignment.rules)}" if assignment.rules else ""
+    return f"{assignment.name}: {scheme.bits}-bit weights{clusters}{rules}"
+
+
+@contextmanager
+def full_precision(qmodel: nn.Module) -> Iterator[None]:
+    """Within it, the prepared model computes with latent weights and unrounded activations."""
+    switched = [module for module in qmodel.modules() if getattr(module, "quantizing", None) is True]
+    for module in switched:
+        module.quantizing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in switched:
+            module.quantizing = True  # type: ignore[assignment]
+
+
+def _traits(operations: list[Operation], traced: fx.GraphModule) -> list[LayerTraits]:
+    layers = [operation for operation in operations if operation.kind in ("convolution", "linear")]
+    convolutions = [operation for operation in layers if operation.kind == "convolution"]
+    traits = []
+    for operation in layers:
+        module = traced.get_submodule(str(operation.node.target))
+        roles = set()
+        if convolutions and operation is convolutions[0]:
+            roles.add("first_convolution")
+        if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
+            roles.add("depthwise")
+        if _is_output(operation):
+            roles.add("classifier")
+        traits.append(LayerTraits(str(operation.node.target), frozenset(roles)))
+    return traits
+
+
+def _is_output(operation: Operation) -> bool:
+    """Whether the operation's value is the network's output, unactivated: its sums stay 32-bit."""
+    return not operation.activation and [user.op for user in operation.result.users] == ["output"]
+
+
+class _Builder:
+    """Carries out a plan on the traced graph: replaces nodes and modules, in order."""
+
+    def __init__(self, traced: fx.GraphModule, schemes: dict[str, WeightScheme]) -> None:
+        self.traced = traced
+        self.graph = traced.graph
+        self.schemes = schemes
+        # The quantizer on whose grid each node's tensor lies.
+        self.source: dict[fx.Node, ActivationQuantizer] = {}
+
+    def build(self, operations: list[Operation]) -> None:
+        for operation in operations:
+            getattr(self, f"_build_{operation.kind}")(operation)
+        self.graph.eliminate_dead_code()
+        self.traced.delete_all_unused_submodules()
+        self.graph.lint()
+        self.traced.recompile()
+
+    def _build_input(self, operation: Operation) -> None:
+        quantizer = ActivationQuantizer(signed=True)
+        with self.graph.inserting_after(operation.node):
+            node = self.graph.call_module(self._add_module("input_quantizer", quantizer), (operation.node,))
+        operation.node.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
+        self.source[node] = quantizer
+
+    def _build_layer(self, operation: Operation, kind: type[QuantizedConv2d] | type[QuantizedLinear]) -> None:
+        name = str(operation.node.target)
+        quantizer = None if _is_output(operation) else ActivationQuantizer(signed=not operation.activation)
+        layer = kind(
+            self.traced.get_submodule(name),  # type: ignore[arg-type]
+            self.schemes[name],
+            self._source(operation),
+            norm=_plain_norm(operation.norm),
+            activation=operation.activation,
+            quantizer=quantizer,
+            name=name,
+        )
+        self._replace(operation, name, layer, quantizer)
+
+    def _build_convolution(self, operation: Operation) -> None:
+        self._build_layer(operation, QuantizedConv2d)
+
+    def _build_linear(self, operation: Operation) -> None:
+        self._build_layer(operation, QuantizedLinear)
+
+    def _build_add(self, operation: Operation) -> None:
+        left, right = (self.source[node] for node in _inputs(operation))
+        quantizer = ActivationQuantizer(signed=not operation.activation and (left.signed or right.signed))
+        self._replace(
+            operation, self._free_name(operation, "add"), QuantizedAdd(operation.activation, quantizer), quantizer
+        )
+
+    def _build_average_pool(self, operation: Operation) -> None:
+        quantizer = ActivationQuantizer(signed=self._source(operation).signed)
+        pool = QuantizedAveragePool(quantizer, **operation.options)
+        self._replace(operation, self._free_name(operation, "average_pool"), pool, quantizer)
+
+    def _build_max_pool(self, operation: Operation) -> None:
+        name = self._free_name(operation, "max_pool")
+        self._replace(operation, name, operation.options["module"], self._source(operation))
+
+    def _build_relu(self, operation: Operation) -> None:
+        module = QuantizedReLU(operation.activation, self._source(operation))
+        self._replace(operation, self._free_name(operation, "relu"), module, self._source(operation))
+
+    def _build_flatten(self, operation: Operation) -> None:
+        self._replace(operation, self._free_name(operation, "flatten"), nn.Flatten(), self._source(operation))
+
+    def _build_dropout(self, operation: Operation) -> None:
+        self.source[operation.node] = self._source(operation)
+
+    def _source(self, operation: Operation) -> ActivationQuantizer:
+        return self.source[_inputs(operation)[0]]
+
+    def _replace(
+        self, operation: Operation, name: str, module: nn.Module, quantizer: ActivationQuantizer | None
+    ) -> None:
+        with self.graph.inserting_before(operation.node):
+            node = self.graph.call_module(self._add_module(name, module), tuple(_inputs(operation)))
+        node.meta = dict(operation.node.meta)
+        operation.result.replace_all_uses_with(node)
+        for old in reversed([operation.node, *operation.absorbed]):
+            self.graph.erase_node(old)
+        if quantizer is not None:
+            self.source[node] = quantizer
+
+    def _free_name(self, operation: Operation, kind: str) -> str:
+        """The module's own name where the operation is one that is called once, else a new one beside it."""
+        node = operation.node
+        if node.op == "call_module":
+            calls = [other for other in self.graph.nodes if other.op == "call_module" and other.target == node.target]
+            if len(calls) == 1:
+                return str(node.target)
+        owner = module_path(node) if node.op != "call_module" else str(node.target).rpartition(".")[0]
+        base = f"{owner}.{kind}" if owner else kind
+        taken = {name for name, _ in self.traced.named_modules()}
+        return next(name for name in [base, *(f"{base}_{index}" for index in range(1, 10_000))] if name not in taken)
+
+    def _add_module(self, name: str, module: nn.Module) -> str:
+        parent_name, _, child = name.rpartition(".")
+        parent = self.traced.get_submodule(parent_name)
+        if isinstance(parent, nn.Sequential | nn.ModuleList) or child in dict(parent.named_children()):
+            parent._modules[child] = module
+        else:
+            parent.add_module(child, module)
+        return name
+
+
+def _inputs(operation: Operation) -> list[fx.Node]:
+    """The tensors' nodes as they are now: earlier replacements may have put others in the plan's place."""
+    nodes = [argument for argument in operation.node.args if isinstance(argument, fx.Node)]
+    return (nodes or operation.node.all_input_nodes)[: len(operation.inputs)]
+
+
+def _plain_norm(norm: nn.BatchNorm2d | None) -> nn.BatchNorm2d | None:
+    """timm's batch norm with an activation inside, without it; the same parameters and statistics."""
+    if not isinstance(norm, BatchNormAct2d):
+        return norm
+    plain = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+    for name, parameter in norm.named_parameters(recurse=False):
+        setattr(plain, name, parameter)
+    for name, buffer in norm.named_buffers(recurse=False):
+        setattr(plain, name, buffer)
+    return plain
+
+
+def _check_rewritten(original: nn.Module, qmodel: fx.GraphModule, example_inputs: Tensor) -> None:
+    if example_inputs.is_meta:
+        return
+    was_training = original.training
+    with full_precision(qmodel), torch.no_grad():
+        expected, found = original.eval()(example_inputs), qmodel.eval()(example_inputs)
+    original.train(was_training)
+    qmodel.train(was_training)
+    error = (expected - found).abs().max() / expected.abs().max().clamp(min=1e-30)
+    if not error <= REWRITE_TOLERANCE:
+        layers = ", ".join(name for name, _ in quantized_layers(qmodel))
+        raise TracingError(
+            f"the prepared graph computes something else in full precision (relative difference {float(error):.2g}); an "
+            f"operation changes a tensor in place that others use. Layers found: {layers}"
+        )

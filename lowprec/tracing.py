@@ -1,0 +1,90 @@
+"""Tracing a full-precision model with torch.fx, and the proof that the traced model is the same model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.models import get_notrace_functions, get_notrace_modules
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+
+class TracingError(ValueError):
+    """The model cannot be traced, or the traced model computes something else."""
+
+
+class _Tracer(fx.Tracer):
+    """Keeps whole the modules and functions that timm registers as not to be traced into."""
+
+    def __init__(self) -> None:
+        super().__init__(autowrap_functions=tuple(get_notrace_functions()))
+        self._leaves = tuple(get_notrace_modules())
+
+    def is_leaf_module(self, module: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(module, self._leaves) or super().is_leaf_module(module, module_qualified_name)
+
+
+def trace(model: nn.Module) -> fx.GraphModule:
+    """The model as a graph of operators; module names are kept and parameters shared.
+
+    Raises:
+        TracingError: torch.fx cannot trace it, for instance because its control flow depends on data.
+    """
+    tracer = _Tracer()
+    try:
+        graph = tracer.trace(model)
+    except Exception as error:  # torch.fx raises whatever the model's own code raises on proxies
+        raise TracingError(
+            f"{type(model).__name__} cannot be traced by torch.fx: {error}. Its control flow may depend on data; wrap "
+            "that part in a module of its own or choose a traceable variant"
+        ) from error
+    return fx.GraphModule(tracer.root, graph, type(model).__name__)
+
+
+def check_same_function(model: nn.Module, traced: nn.Module, example_inputs: Tensor) -> None:
+    """Runs both models on ``example_inputs``, in train and in eval mode with equal seeds, and compares bit for bit.
+
+    Models on the meta device have no values and pass. Neither model's state changes.
+
+    Raises:
+        TracingError: the outputs differ.
+    """
+    if example_inputs.is_meta:
+        return
+    for training in (False, True):
+        expected, found = (_outputs(candidate, example_inputs, training) for candidate in (model, traced))
+        same = len(expected) == len(found) and all(
+            torch.equal(left, right) for left, right in zip(expected, found, strict=True)
+        )
+        if not same:
+            mode = "train" if training else "eval"
+            raise TracingError(
+                f"{type(model).__name__}: the traced model differs from the original in {mode} mode; a value that "
+                "depends on self.training or on data was fixed while tracing"
+            )
+
+
+def _outputs(model: nn.Module, example_inputs: Tensor, training: bool) -> list[Tensor]:
+    candidate = copy.deepcopy(model).train(training)
+    devices = [example_inputs.device] if example_inputs.is_cuda else []
+    with torch.random.fork_rng(devices), torch.no_grad():
+        torch.manual_seed(0)
+        return [leaf for leaf in tree_leaves(candidate(example_inputs)) if isinstance(leaf, Tensor)]
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the module whose forward holds the operation, "" for the model's own."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return next(reversed([str(entry[0]) for entry in stack.values()]), "")
+
+
+def describe(node: fx.Node, modules: dict[str, nn.Module]) -> str:
+    """An operation as a user knows it: the kind of module or function, and where it stands in the model."""
+    if node.op == "call_module":
+        return f"{type(modules[str(node.target)]).__name__} at {node.target}"
+    target: Callable[..., Any] | str = node.target
+    name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+    return f"{name}() in {module_path(node) or 'the model itself'}"
