@@ -1,7 +1,8 @@
-"""From a command line to a checked :class:`~lowprec.config.RunConfig`, or to one message that says what is wrong with it.
+"""From a command line to a checked :class:`~lowprec.config.RunConfig`, or to one message that says what is wrong with
+it.
 
-Hydra and OmegaConf stop at the same mistakes with very different words; :func:`explain` gives them one form: the full key, the
-value, the valid choices and the nearest valid key. Imports no torch.
+Hydra and OmegaConf stop at the same mistakes with very different words; :func:`explain` gives them one form: the full
+key, the value, the valid choices and the nearest valid key. Imports no torch.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def compose_run(overrides: Iterable[str], config_folder: str | Path) -> RunConfi
     """The checked configuration that ``train.py`` runs with these overrides; of a sweep, its first run.
 
     Raises:
-        ConfigError: the overrides, or the files they name, describe no run; the message names the key and the valid choices.
+        ConfigError: the overrides, or the files they name, describe no run; the message names the key and the valid
+        choices.
     """
     overrides = list(overrides)
     # A process that composes twice, such as a sweep or a test, finds Hydra initialized by the first.
@@ -55,7 +57,8 @@ def run_config(composed: DictConfig, choices: Mapping[str, Any], overrides: Iter
     _check_keys(composed, overrides)
     try:
         content = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-        config: RunConfig = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), content))  # type: ignore[assignment]
+        typed = OmegaConf.merge(OmegaConf.structured(RunConfig), content)
+        config: RunConfig = OmegaConf.to_object(typed)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error, overrides)) from error
     config.experiment = str(choices.get("experiment") or "custom")
@@ -67,8 +70,8 @@ def run_config(composed: DictConfig, choices: Mapping[str, Any], overrides: Iter
 def run_name(experiment: str, overrides: Iterable[str]) -> str:
     """The folder of a run: its experiment and those overrides that change what comes out of it, in alphabetical order.
 
-    The same command line gives the same name at any time, so a run that was cut off is found again. What a folder name cannot
-    hold, and what makes it too long, is replaced by a hash.
+    The same command line gives the same name at any time, so a run that was cut off is found again. What a folder
+    name cannot hold, and what makes it too long, is replaced by a hash.
     """
     telling = sorted(override for override in overrides if not _is_incidental(override))
     parts = [re.sub(r"[^\w.,+-]+", "_", part.replace("=", "_", 1)) for part in telling]

@@ -1,7 +1,7 @@
 """The typed schema of a run: every key, its type, its default and the values it can have.
 
-Hydra fills these dataclasses from ``conf/``; :meth:`RunConfig.validate` refuses what no run can have. This module imports no
-torch, so that a mistyped key stops a run at once.
+Hydra fills these dataclasses from ``conf/``; :meth:`RunConfig.validate` refuses what no run can have. This module
+imports no torch, so that a mistyped key stops a run at once.
 """
 
 from __future__ import annotations
@@ -56,7 +56,12 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """The data set. Shapes are stated here too, so that costs are known without the data; sizes in pixels and images."""
+    """The data set; what is null is the data set's own default, or the model's.
+
+    ``num_classes``, ``in_channels`` and ``image_size`` (pixels) are stated so that costs are known without the data;
+    photographs are scaled to ``image_size``, or else to the size that the model was published with. ``padding``
+    (pixels) is that of the random crop of small images.
+    """
 
     name: str = MISSING
     num_classes: Optional[int] = None  # noqa: UP045
@@ -68,6 +73,7 @@ class DataConfig:
     num_workers: int = 0
     validation_share: float = 0.1
     augment: bool = True
+    padding: Optional[int] = None  # noqa: UP045
     limit_train: Optional[int] = None  # noqa: UP045
     limit_test: Optional[int] = None  # noqa: UP045
 
@@ -106,7 +112,7 @@ class CalibrationConfig:
 
 @dataclass
 class DistillationConfig:
-    """Loss = (1 - weight) · cross-entropy + weight · T² · KL(teacher ‖ student) of logits divided by T = temperature."""
+    """Loss = (1 - weight) · cross-entropy + weight · T² · KL(teacher ‖ student); logits divided by T."""
 
     weight: float = 0.0
     temperature: float = 2.0
@@ -114,7 +120,7 @@ class DistillationConfig:
 
 @dataclass
 class TrainerConfig:
-    """How training runs; ``max_epochs`` counts the fine-tuning epochs, and 0 leaves it at post-training quantization."""
+    """How training runs; ``max_epochs`` counts fine-tuning epochs, and 0 leaves it at post-training quantization."""
 
     max_epochs: int = 4
     label_smoothing: float = 0.0
@@ -166,9 +172,7 @@ class RunConfig:
         """Raises ConfigError for the first value that no run can have."""
         _require_choice("task", self.task, TASKS)
         _require_choice("data.name", self.data.name, DATA_SETS)
-        if self.run_id is not None and (
-            not re.fullmatch(r"[\w][\w.,+-]*", self.run_id) or self.run_id == "baselines"
-        ):
+        if self.run_id is not None and (not re.fullmatch(r"[\w][\w.,+-]*", self.run_id) or self.run_id == "baselines"):
             raise ConfigError(f"run_id={self.run_id!r}: give a folder name of letters, digits and . , + _ -")
         _require("seed", self.seed, 0 <= self.seed < 2**32, "a whole number from 0 to 2^32 - 1")
         self._validate_data()
@@ -197,8 +201,11 @@ class RunConfig:
             ("data.limit_test", data.limit_test),
         ):
             _require(key, optional, optional is None or optional > 0, "at least 1, or null")
+        _require("data.padding", data.padding, data.padding is None or data.padding >= 0, "0 or more, or null")
         needs_root = data.name == "image_folder" and self.task != "cost"
-        _require("data.root", data.root, data.root is not None or not needs_root, "the folder that holds train/ and val/")
+        _require(
+            "data.root", data.root, data.root is not None or not needs_root, "the folder that holds train/ and val/"
+        )
         _require("data.num_workers", data.num_workers, data.num_workers >= 0, "0 or more")
 
     def _validate_training(self) -> None:
@@ -226,12 +233,14 @@ class RunConfig:
             in_range = len(optim.betas) == 2 and all(0 <= beta < 1 for beta in optim.betas)
             _require(f"{prefix}.betas", optim.betas, in_range, "two numbers in [0, 1)")
             # Without fine-tuning the optimizer is idle, so any warm-up length will do.
-            warmup_fits = 0 <= optim.warmup_epochs and (epochs == 0 or optim.warmup_epochs < epochs)
+            warmup_fits = optim.warmup_epochs >= 0 and (epochs == 0 or optim.warmup_epochs < epochs)
             _require(f"{prefix}.warmup_epochs", optim.warmup_epochs, warmup_fits, f"in [0, {epochs}), its epochs")
 
 
 def schema_keys() -> list[str]:
-    """All full keys of a run, recipe keys under ``quant`` included: ``trainer.max_epochs``, ``quant.weights.bits``, …"""
+    """All full keys of a run, recipe keys under ``quant`` included: ``trainer.max_epochs``, ``quant.weights.bits``,
+    …
+    """
     keys = [key for key in _keys_of(RunConfig) if key != "quant"]
     return [*keys, "quant", *(f"quant.{key}" for key in _keys_of(Recipe))]
 

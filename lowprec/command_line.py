@@ -1,0 +1,82 @@
+"""What ``train.py`` does around a run: refuses a wrong command line at once, and turns expected failures into exit
+codes.
+
+Exit codes: 0 done, 1 the run failed (data, checkpoint, or differing codes), 2 the configuration is wrong, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from lowprec.compose import compose_run, run_config
+from lowprec.config import ConfigError, RunConfig
+
+FAILED, WRONG_CONFIGURATION, INTERRUPTED = 1, 2, 130
+# These change what is composed, or take a value that looks like an override: Hydra itself has to read them.
+_HYDRA_FLAGS = (
+    "--config-dir",
+    "-cd",
+    "--config-name",
+    "-cn",
+    "--config-path",
+    "-cp",
+    "--experimental-rerun",
+    "-p",
+    "--package",
+)
+
+
+def check(arguments: list[str], config_folder: Path) -> None:
+    """Exits with code 2 and one message when the overrides on the command line describe no run. Imports no torch."""
+    if any(argument.split("=")[0] in (*_HYDRA_FLAGS, "--help", "-h", "--hydra-help") for argument in arguments):
+        return
+    try:
+        compose_run([argument for argument in arguments if not argument.startswith("-")], config_folder)
+    except ConfigError as error:
+        _complain(error)
+        sys.exit(WRONG_CONFIGURATION)
+
+
+def execute(composed: DictConfig, choices: Mapping[str, Any], overrides: Iterable[str]) -> int:
+    """Runs a composed configuration; returns the exit code. An error that a user can act on is one message."""
+    try:
+        config = run_config(composed, choices, overrides)
+    except ConfigError as error:
+        _complain(error)
+        return WRONG_CONFIGURATION
+    return _run(config)
+
+
+def _run(config: RunConfig) -> int:
+    # Here, not above: torch takes seconds to import, and a mistake in the configuration should not have to wait for it.
+    from filelock import Timeout
+
+    from lowprec.data import DataError
+    from lowprec.models import CheckpointError
+    from lowprec.recipe import RecipeError
+    from lowprec.run import run
+    from lowprec.run_directory import RunInUseError
+    from lowprec.training.checkpoints import Interrupted
+    from lowprec.verify import VerificationError
+
+    try:
+        run(config)
+    except (ConfigError, RecipeError) as error:
+        _complain(error)
+        return WRONG_CONFIGURATION
+    except (DataError, CheckpointError, RunInUseError, VerificationError, Timeout) as error:
+        _complain(error)
+        return FAILED
+    except (Interrupted, KeyboardInterrupt):
+        print(f"\nstopped; the same command goes on with the run {config.runs_dir}/{config.run_id}", file=sys.stderr)
+        sys.exit(INTERRUPTED)  # also ends a sweep
+    return 0
+
+
+def _complain(error: Exception) -> None:
+    print(f"error: {error}", file=sys.stderr)

@@ -1,0 +1,111 @@
+"""The full-precision model of a run: from a checkpoint, from published weights, or trained here first and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from lightning.pytorch import seed_everything
+from rich.console import Console
+from torch import nn
+
+from lowprec.config import ConfigError, RunConfig
+from lowprec.models import create_model, load_checkpoint, save_checkpoint
+from lowprec.training.fit import fit
+from lowprec.training.module import Classification
+
+
+def build_model(config: RunConfig, *, num_classes: int | None, pretrained: bool = False) -> nn.Module:
+    """The full-precision architecture of ``config.model``, with published weights if so asked.
+
+    Raises:
+        ConfigError: no such model, or it takes no such argument. CheckpointError: the published weights cannot be had.
+    """
+    try:
+        return create_model(
+            config.model.name,
+            num_classes=num_classes,
+            in_channels=config.data.in_channels,
+            pretrained=pretrained,
+            **config.model.arguments,
+        )
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from error
+
+
+def full_precision_model(config: RunConfig, data: Any, console: Console) -> nn.Module:
+    """The model that quantization starts from, on the CPU and in eval mode.
+
+    ``model.checkpoint`` wins over ``model.pretrained``; without either, the baseline is trained, once for all runs
+    whose settings of it agree.
+    """
+    seed_everything(config.seed, workers=True, verbose=False)
+    if config.model.checkpoint is not None:
+        model = build_model(config, num_classes=data.num_classes)
+        load_checkpoint(model, config.model.checkpoint)
+    elif config.model.pretrained:
+        model = build_model(config, num_classes=data.num_classes, pretrained=True)
+    else:
+        model = build_model(config, num_classes=data.num_classes)
+        _load_or_train_baseline(model, config, data, console)
+    return model.eval()
+
+
+def baseline_file(config: RunConfig) -> Path:
+    """Where the baseline of these settings is kept; the name's hash covers all settings that its weights depend on."""
+    data = asdict(config.data)
+    for incidental in ("root", "num_workers", "eval_batch_size", "limit_test"):
+        del data[incidental]
+    trainer = {key: getattr(config.trainer, key) for key in ("precision", "accelerator", "channels_last")}
+    settings = {
+        "model": {"name": config.model.name, "arguments": config.model.arguments},
+        "data": data,
+        "baseline": asdict(config.baseline),
+        "trainer": trainer,
+        "seed": config.seed,
+    }
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
+    name = re.sub(r"[^\w.-]+", "_", f"{config.data.name}-{config.model.name}-{digest}")
+    return Path(config.runs_dir) / "baselines" / f"{name}.safetensors"
+
+
+def _load_or_train_baseline(model: nn.Module, config: RunConfig, data: Any, console: Console) -> None:
+    path = baseline_file(config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Runs that start at the same time train it once: the others wait here, and then find it.
+    with FileLock(path.with_suffix(".lock")):
+        if path.is_file():
+            console.print(f"full-precision baseline: {path}")
+        else:
+            console.print(f"full-precision baseline: none yet, training it for {config.baseline.max_epochs} epochs")
+            _train_baseline(model, config, data, console, path)
+        load_checkpoint(model, path)
+
+
+def _train_baseline(model: nn.Module, config: RunConfig, data: Any, console: Console, path: Path) -> None:
+    # Its checkpoints lie beside it while it trains, so that whichever run comes next goes on with it.
+    folder = path.with_suffix("")
+    folder.mkdir(exist_ok=True)
+    module = Classification(
+        model,
+        config.baseline.optim,
+        label_smoothing=config.baseline.label_smoothing,
+        channels_last=config.trainer.channels_last,
+    )
+    best_epoch = fit(
+        module,
+        data,
+        folder=folder,
+        max_epochs=config.baseline.max_epochs,
+        settings=config.trainer,
+        title="full precision",
+        console=console,
+    )
+    save_checkpoint(model, path, {"epoch": str(best_epoch), "seed": str(config.seed)})
+    shutil.rmtree(folder)

@@ -1,0 +1,243 @@
+"""The stages of a run, in order. Every stage keeps its result, so a run that was cut off goes on after its last one.
+
+full-precision model ─ prepare, calibrate ─ fine-tune ─ convert, save, export ─ verify, measure ─ summary
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import seed_everything
+from lightning.pytorch.loggers import Logger
+from omegaconf import OmegaConf
+from rich.console import Console
+from torch import Tensor, nn
+
+import lowprec
+from lowprec.config import RunConfig
+from lowprec.data import DataModule
+from lowprec.full_precision import full_precision_model
+from lowprec.models import load_checkpoint, save_checkpoint
+from lowprec.report.summary import Summary, build_summary, summary_table
+from lowprec.report.terminal import create_console
+from lowprec.run_data import run_data, test_images
+from lowprec.run_directory import RunDirectory, write_text
+from lowprec.training.codes import CodeStatistics
+from lowprec.training.evaluation import Predictor, onnx_predictor, top1
+from lowprec.training.fit import fit
+from lowprec.training.loggers import close_loggers, create_loggers, log_summary
+from lowprec.training.module import Classification
+
+
+@dataclass
+class Run:
+    """What every stage of a run needs: its configuration, its folder, its data, and where it speaks."""
+
+    config: RunConfig
+    directory: RunDirectory
+    data: DataModule
+    console: Console
+    device: torch.device
+
+    @contextmanager
+    def stage(self, name: str, says: str) -> Iterator[None]:
+        """Says what is being done, seeds it, and adds its seconds to the run's, also those of a stage that is cut
+        off.
+        """
+        self.console.print(says)
+        # Every stage starts from the seed alone, whether or not the stages before it ran in the same process.
+        seed_everything(self.config.seed, workers=True, verbose=False)
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.directory.add_seconds(name, time.monotonic() - started)
+
+    def measure(self, name: str, predict: Predictor, device: torch.device | str = "cpu") -> None:
+        """Measures top-1 on the whole test split and keeps it, unless it is known already."""
+        if self.directory.result(name) is None:
+            self.directory.record(name, top1(predict, self.data.test_dataloader(), device))
+        self.console.print(f"  top-1 on the test split: {self.directory.result(name):.2%}")
+
+    def example_inputs(self) -> tuple[Tensor, ...]:
+        """One image of the data's shape, [1, C, H, W]."""
+        return (torch.zeros(1, *self.data.input_size),)
+
+
+def run(config: RunConfig) -> Summary:
+    """Does ``config.task``; returns the run's summary (of ``task=cost``, the costs).
+
+    Raises:
+        ConfigError: no such model, data set or run. DataError, CheckpointError: files are missing or wrong.
+        VerificationError: the integer model or the ONNX file differs from what was validated.
+        Interrupted: the user pressed Ctrl-C in a training; the same configuration goes on from there.
+    """
+    console = create_console()
+    if config.task != "train":
+        from lowprec.tasks import TASKS
+
+        return TASKS[config.task](config, console)
+    return train(config, console)
+
+
+def train(config: RunConfig, console: Console) -> Summary:
+    """From the full-precision model to a verified integer one."""
+    directory = RunDirectory(config)
+    directory.open()
+    try:
+        if directory.finished:
+            return _already_finished(directory, console)
+        console.print(f"run {directory.path}")
+        # The sums of a GPU or of several threads are done in a fixed order, so that the same seed gives the same
+        # figures.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        current = Run(config, directory, run_data(config), console, _device(config))
+        content = {**_plain(config), "git": directory.state["git"]}
+        loggers = create_loggers(config.logger, directory.path, directory.unique_name, content)
+        try:
+            summary = _all_stages(current, loggers)
+            log_summary(loggers, summary, directory.summary_file)
+        finally:
+            close_loggers(loggers)
+    finally:
+        directory.close()
+    _raise_if_different(summary, directory)
+    return summary
+
+
+def _all_stages(current: Run, loggers: list[Logger]) -> Summary:
+    full_precision = full_precision_model(current.config, current.data, current.console)
+    current.measure("full_precision", full_precision, current.device)
+    qmodel = quantize(current, full_precision)
+    fine_tune(current, qmodel, full_precision, loggers)
+    imodel = ship(current, qmodel)
+    verify(current, qmodel, imodel)
+    return summarize(current)
+
+
+def quantize(current: Run, full_precision: nn.Module) -> nn.Module:
+    """The fake-quant model with solved weights and calibrated activations, as it is before any training."""
+    directory = current.directory
+    with current.stage("prepare", "prepare: weights to codes and scales"):
+        # prepare works on the model that it is given; the original is the teacher.
+        qmodel = lowprec.prepare(copy.deepcopy(full_precision), current.config.recipe, current.example_inputs())
+    if directory.post_training_file.is_file():
+        load_checkpoint(qmodel, directory.post_training_file)
+    else:
+        with current.stage(
+            "calibrate", f"calibrate: exponents and batch norm on {current.config.calibration.images} images"
+        ):
+            batches = current.data.calibration_batches(current.config.calibration.images)
+            qmodel.to(current.device)
+            lowprec.calibrate(qmodel, [batch.to(current.device) for batch in batches])
+        save_checkpoint(qmodel, directory.post_training_file, {"recipe": current.config.recipe.name})
+    current.measure("post_training", qmodel, current.device)
+    directory.record("cost", _cost(qmodel.cpu(), current.example_inputs()))
+    return qmodel
+
+
+def fine_tune(current: Run, qmodel: nn.Module, teacher: nn.Module, loggers: list[Logger]) -> None:
+    """Trains the fake-quant model with straight-through gradients, up to its best weights in validation."""
+    config, directory = current.config, current.directory
+    if config.trainer.max_epochs == 0:
+        return
+    module = Classification(
+        qmodel,
+        config.optim,
+        label_smoothing=config.trainer.label_smoothing,
+        teacher=teacher,
+        distillation=config.trainer.distillation,
+        channels_last=config.trainer.channels_last,
+    )
+    with current.stage("fine_tune", f"fine-tune: {config.trainer.max_epochs} epochs"):
+        fit(
+            module,
+            current.data,
+            folder=directory.checkpoints,
+            max_epochs=config.trainer.max_epochs,
+            settings=config.trainer,
+            title="fine-tuning",
+            console=current.console,
+            callbacks=[CodeStatistics()],
+            loggers=loggers,
+        )
+    current.measure("fine_tuned", qmodel, current.device)
+    qmodel.cpu()
+
+
+def ship(current: Run, qmodel: nn.Module) -> nn.Module:
+    """The integer model, saved packed and exported to ONNX."""
+    directory = current.directory
+    with current.stage("export", f"export: {directory.model_file.name} (packed), {directory.onnx_file.name}"):
+        imodel = lowprec.convert(qmodel.eval())
+        lowprec.save(imodel, directory.model_file)
+        lowprec.export_onnx(imodel, directory.onnx_file)
+    return imodel
+
+
+def verify(current: Run, qmodel: nn.Module, imodel: nn.Module) -> None:
+    """Compares every code of fake-quant, integer and ONNX model on the whole test split; measures the last two."""
+    directory = current.directory
+    current.console.print("verify: fake-quant, integer model and ONNX Runtime, code by code, on the whole test split")
+    if directory.result("verify") is None:
+        report = lowprec.verify(qmodel, imodel, test_images(current.data), onnx=directory.onnx_file)
+        if report.mismatched_codes:
+            current.console.print(str(report))
+        figures = {name: getattr(report, name) for name in ("images", "compared_codes", "mismatched_codes")}
+        directory.record("verify", figures)
+    current.measure("integer", imodel)
+    current.measure("onnx", onnx_predictor(str(directory.onnx_file)))
+
+
+def summarize(current: Run) -> Summary:
+    """Writes summary.json, which marks the run as finished, and prints the table."""
+    config, directory = current.config, current.directory
+    names = {
+        "experiment": config.experiment,
+        "model": config.model.name,
+        "data": config.data.name,
+        "recipe": config.recipe.name,
+    }
+    results, seconds = directory.state["results"], directory.state["seconds"]
+    summary = build_summary(names, results, seconds, config.trainer.max_epochs)
+    write_text(directory.summary_file, json.dumps(summary, indent=2) + "\n")
+    current.console.print(summary_table(summary))
+    current.console.print(f"everything is in {directory.path}")
+    return summary
+
+
+def _already_finished(directory: RunDirectory, console: Console) -> Summary:
+    summary: Summary = json.loads(directory.summary_file.read_text())
+    console.print(summary_table(summary))
+    console.print(f"the run {directory.path} is finished; fresh=true starts it afresh, run_id=NAME makes another one")
+    _raise_if_different(summary, directory)
+    return summary
+
+
+def _raise_if_different(summary: Summary, directory: RunDirectory) -> None:
+    differing = summary["verify"]["mismatched_codes"]
+    if differing:
+        raise lowprec.VerificationError(
+            f"{differing:,} codes differ between what was validated and what was exported: do not ship {directory.path}"
+        )
+
+
+def _cost(qmodel: nn.Module, example_inputs: tuple[Tensor, ...]) -> dict[str, Any]:
+    costs = lowprec.cost(qmodel, example_inputs)
+    names = ("macs", "multiplications_replaced", "weight_bits", "fp32_bytes", "packed_bytes", "integer_mac_share")
+    return {name: getattr(costs, name) for name in names}
+
+
+def _device(config: RunConfig) -> torch.device:
+    return torch.device("cuda" if config.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _plain(config: RunConfig) -> dict[str, Any]:
+    return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]

@@ -1,0 +1,66 @@
+"""The data of a run, transformed as its model expects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowprec.config import ConfigError, RunConfig
+from lowprec.data import DataModule, create_data
+from lowprec.models import create_model, pretrained_data_config
+
+_PHOTOGRAPHS = ("imagenet", "image_folder")
+
+
+def run_data(config: RunConfig) -> DataModule:
+    """The data module of ``config.data``; order, splits and augmentation follow ``config.seed``.
+
+    Raises:
+        ConfigError: the data set has another number of classes or channels than ``config.data`` says.
+        DataError: files are missing or wrong.
+    """
+    settings = config.data
+    specific: dict[str, Any] = {"padding": settings.padding}
+    if settings.name in _PHOTOGRAPHS:
+        specific = {"data_config": published_data_config(config), "input_size": None}
+        if settings.image_size is not None:
+            specific["input_size"] = (settings.in_channels, settings.image_size, settings.image_size)
+    try:
+        data = create_data(
+            settings.name,
+            root=settings.root,
+            batch_size=settings.batch_size,
+            eval_batch_size=settings.eval_batch_size,
+            num_workers=settings.num_workers,
+            seed=config.seed,
+            validation_share=settings.validation_share,
+            augment=settings.augment,
+            limit_train=settings.limit_train,
+            limit_test=settings.limit_test,
+            **specific,
+        )
+    except ValueError as error:
+        raise ConfigError(f"data: {error}") from error
+    for key, found in (("num_classes", data.num_classes), ("in_channels", data.in_channels)):
+        if getattr(settings, key) not in (None, found):
+            raise ConfigError(f"data.{key}={getattr(settings, key)}: the data set {settings.name} has {found}")
+    return data
+
+
+def published_data_config(config: RunConfig) -> dict[str, Any]:
+    """Size and normalisation of the images that the model's published weights expect; builds it without any memory."""
+    try:
+        with torch.device("meta"):
+            model = create_model(config.model.name, in_channels=config.data.in_channels, **config.model.arguments)
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from error
+    return pretrained_data_config(model)
+
+
+def test_images(data: DataModule) -> Iterator[Tensor]:
+    """The images of the whole test split, batch by batch, so that no data set needs to fit into memory."""
+    for images, _ in data.test_dataloader():
+        yield images

@@ -1,0 +1,196 @@
+"""The folder of a run: what lies where in it, what is done already, and whether it belongs to this configuration."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from omegaconf import OmegaConf
+
+from lowprec.config import INCIDENTAL_KEYS, ConfigError, RunConfig
+
+
+class RunInUseError(RuntimeError):
+    """Another process works on the run."""
+
+
+class RunDirectory:
+    """Files of one run, all under ``runs_dir/run_id``. Every file is written under another name first, then renamed.
+
+    ``run.json`` keeps what finished stages found out (accuracies, seconds) and the git commit, so that a run that was
+    cut off goes on after its last finished stage; ``summary.json`` is written last and marks the run as finished.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        assert config.run_id is not None, "composition names every run"
+        self.config = config
+        self.path = Path(config.runs_dir) / config.run_id
+        self.config_file = self.path / "config.yaml"
+        self.state_file = self.path / "run.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.post_training_file = self.checkpoints / "post_training.safetensors"
+        self.model_file = self.path / "model.safetensors"
+        self.onnx_file = self.path / "model.onnx"
+        self.summary_file = self.path / "summary.json"
+        self.state: dict[str, Any] = {}
+
+    @property
+    def finished(self) -> bool:
+        return self.summary_file.is_file()
+
+    @property
+    def started(self) -> bool:
+        return self.config_file.is_file()
+
+    def open(self) -> None:
+        """Makes the folder for a new run, or reads how far the run in it has come; no other process may work on it
+        then.
+
+        Raises:
+            ConfigError: the folder holds a run with another configuration; the first differing key is named.
+            RunInUseError: another process works on this run.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock()
+        attempt = 0
+        if self.config.fresh and self.started:
+            attempt = int(_read_json(self.state_file).get("attempt", 0)) + 1
+            self._clear()
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        if self.started:
+            self._check_configuration()
+        else:
+            write_text(self.config_file, to_yaml(self.config))
+        self.state = {"git": git_commit(), "attempt": attempt, "results": {}, "seconds": {}}
+        self.state.update(_read_json(self.state_file))
+        self._write_state()
+
+    def _lock(self) -> None:
+        # The system gives the lock back when its process dies, however it dies.
+        self._held_lock = FileLock(self.path / ".lock")
+        try:
+            self._held_lock.acquire(blocking=False)
+        except Timeout as error:
+            raise RunInUseError(f"another process is working on the run {self.path}: wait for it or stop it") from error
+
+    def _clear(self) -> None:
+        for entry in self.path.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != ".lock":
+                entry.unlink()
+
+    def close(self) -> None:
+        """Lets other processes work on the run."""
+        self._held_lock.release()
+
+    def stored_config(self) -> RunConfig:
+        """The configuration that the run in the folder was started with.
+
+        Raises:
+            ConfigError: there is no run in the folder.
+        """
+        if not self.started:
+            raise ConfigError(
+                f"there is no run in {self.path}{_runs_hint(self.path.parent)}; "
+                "task=train makes one, run_id=NAME or the same experiment and overrides find it"
+            )
+        stored: RunConfig = OmegaConf.to_object(  # type: ignore[assignment]
+            OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(self.config_file))
+        )
+        return stored
+
+    @property
+    def unique_name(self) -> str:
+        """The run's name, with a number when it was started afresh: W&B's id, which cannot be used twice."""
+        attempt = self.state["attempt"]
+        return f"{self.path.name}-{attempt + 1}" if attempt else self.path.name
+
+    def result(self, name: str) -> Any:
+        """What a finished stage recorded under this name, or None."""
+        return self.state["results"].get(name)
+
+    def record(self, name: str, value: Any) -> None:
+        """Keeps a stage's result; it survives the process."""
+        self.state["results"][name] = value
+        self._write_state()
+
+    def add_seconds(self, stage: str, seconds: float) -> None:
+        """Adds to a stage's time, which may be spread over several processes."""
+        self.state["seconds"][stage] = round(self.state["seconds"].get(stage, 0.0) + seconds, 2)
+        self._write_state()
+
+    def _write_state(self) -> None:
+        write_text(self.state_file, json.dumps(self.state, indent=2) + "\n")
+
+    def _check_configuration(self) -> None:
+        stored, composed = _flat_identity(self.stored_config()), _flat_identity(self.config)
+        for key in sorted({*stored, *composed}):
+            ours, theirs = composed.get(key, "nothing"), stored.get(key, "nothing")
+            if ours != theirs:
+                raise ConfigError(
+                    f"{self.path} holds a run with {key}={theirs}, and this one has {key}={ours}: "
+                    "give it another run_id=NAME, or throw the old one away with fresh=true"
+                )
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The composed configuration as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole file or nothing of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def git_commit() -> dict[str, Any]:
+    """The commit of this source tree, and whether it has uncommitted changes; None where there is no git."""
+    folder = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    changes = git("status", "--porcelain", "--untracked-files=no") if commit else None
+    return {"commit": commit, "uncommitted_changes": None if changes is None else bool(changes)}
+
+
+def _flat_identity(config: RunConfig) -> dict[str, Any]:
+    content = OmegaConf.to_container(OmegaConf.structured(config))
+    flat = dict(_leaves(content))
+    return {
+        key: value
+        for key, value in flat.items()
+        if not any(key == name or key.startswith(f"{name}.") for name in INCIDENTAL_KEYS)
+    }
+
+
+def _leaves(node: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    if not isinstance(node, dict) or not node:
+        return [(prefix, node)]
+    leaves = []
+    for name, child in node.items():
+        leaves += _leaves(child, f"{prefix}.{name}" if prefix else str(name))
+    return leaves
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return content
+
+
+def _runs_hint(runs: Path) -> str:
+    names = sorted(path.parent.name for path in runs.glob("*/config.yaml")) if runs.is_dir() else []
+    return f" (runs there: {', '.join(names)})" if names else ""

@@ -1,0 +1,9 @@
+"""Training with Lightning: the full-precision baseline and the fine-tuning of a fake-quant model.
+
+- ``module``: the LightningModule, its loss (``distillation``) and its optimizer (``optimizer``)
+- ``fit``: a trainer that resumes where it was and ends with the best checkpoint
+- ``callbacks``: codes per layer, progress lines, a Ctrl-C that leaves a checkpoint
+- ``loggers``: metrics.csv and Weights & Biases
+- ``precision``: bf16 where the processor is fast at it
+- ``evaluation``: top-1 of any model, in float32
+"""

@@ -1,0 +1,49 @@
+"""Top-1 accuracy of anything that turns images into logits, in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+Predictor = Callable[[Tensor], Tensor]
+
+
+@torch.no_grad()
+def top1(predict: Predictor, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device | str = "cpu") -> float:
+    """The share of images whose largest logit is that of their label.
+
+    Args:
+        predict: float images [B, C, H, W] on ``device`` → logits [B, classes]; a module is put there, and into eval
+        mode.
+        batches: images and int64 labels [B].
+
+    Raises:
+        ValueError: there are no images, so there is no accuracy either.
+    """
+    if isinstance(predict, nn.Module):
+        predict.to(device).eval()
+    correct = total = 0
+    for images, labels in batches:
+        logits = predict(images.to(device))
+        correct += int((logits.argmax(dim=1).cpu() == labels).sum())
+        total += len(labels)
+    if total == 0:
+        raise ValueError("no images to measure accuracy on")
+    return correct / total
+
+
+def onnx_predictor(path: str) -> Predictor:
+    """Runs an ONNX file on the CPU with ONNX Runtime: one input, float images; the first output, logits."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors alone
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+
+    def predict(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {name: images.numpy()})[0])
+
+    return predict

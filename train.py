@@ -1,0 +1,29 @@
+"""Entry point: composes conf/ and runs what it describes. ``python train.py experiment=digits_smoke seed=1``.
+
+A mistake in the configuration stops it within a second or two, before torch is imported, with exit code 2.
+"""
+
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from lowprec.command_line import check, execute
+
+CONFIG_FOLDER = Path(__file__).resolve().parent / "conf"
+exit_codes: list[int] = []
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def start(composed: DictConfig) -> None:
+    """Runs one composed configuration; a sweep (``-m``) comes here once per run."""
+    settings = HydraConfig.get()
+    exit_codes.append(execute(composed, settings.runtime.choices, settings.overrides.task))
+
+
+if __name__ == "__main__":
+    check(sys.argv[1:], CONFIG_FOLDER)
+    start()
+    sys.exit(max(exit_codes, default=0))
