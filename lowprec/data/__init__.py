@@ -1,0 +1,16 @@
+"""Data sets behind one interface. Nothing here knows of models or quantization.
+
+- ``registry``: ``create_data`` by name and ``list_data``
+- ``module``: the interface, ``DataModule``, and the options that every set takes, ``DataOptions``
+- ``splits``: the one place that decides which image is trained on, validated on, tested on
+- ``epochs``: the order and the randomness of an epoch, functions of (seed, epoch) alone
+- ``in_memory``: sets small enough for memory: whole batches are cropped, flipped and normalised at once
+- ``fashion_mnist``, ``digits``, ``cifar``: the sets in memory; ``image_folder``: photographs in folders, ImageNet
+- ``sources``: the errors of missing and damaged files, and downloads
+"""
+
+from lowprec.data.module import DataModule, DataOptions
+from lowprec.data.registry import create_data, list_data
+from lowprec.data.sources import DataError
+
+__all__ = ["DataError", "DataModule", "DataOptions", "create_data", "list_data"]
