@@ -17,7 +17,7 @@ class Digits(InMemoryDataModule):
     num_classes = 10
     input_size = (1, 8, 8)
     mean = (0.3053,)
-    std = (0.3761,)
+    std = (0.3760,)
     default_padding = 1
     flip = False
     peak = 16
