@@ -73,6 +73,9 @@ class ImageFolder(DataModule):
             chosen.update({key: given[key] for key in chosen if given.get(key) is not None})
         channels, height, width = chosen["input_size"]
         self.input_size = (channels, height, width)
+        if channels == 1:  # a model's published values are for colours: grey images get their average
+            for key in ("mean", "std"):
+                chosen[key] = [sum(chosen[key]) / len(chosen[key])]
         self.mean, self.std = tuple(chosen["mean"]), tuple(chosen["std"])
         for key, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != channels:

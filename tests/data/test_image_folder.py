@@ -69,15 +69,17 @@ def test_transforms_follow_the_models_config(tmp_path: Path) -> None:
 
 def test_grey_images(tmp_path: Path) -> None:
     root = write_images(tmp_path, {"train": 4, "val": 2})
-    data = create_data("image_folder", root=root, input_size=(1, 16, 16), mean=(0.5,), std=(0.5,))
+    data = create_data("image_folder", root=root, input_size=(1, 16, 16), mean=(0.4, 0.5, 0.6))
     assert data.in_channels == 1
+    assert data.mean == pytest.approx((0.5,))
+    assert len(data.std) == 1
     assert next(iter(data.test_dataloader()))[0].shape[1:] == (1, 16, 16)
 
 
 def test_normalisation_must_fit_the_channels(tmp_path: Path) -> None:
     root = write_images(tmp_path, {"train": 4, "val": 2})
-    with pytest.raises(ValueError, match=r"data\.mean has 3 values for 1 channel"):
-        create_data("image_folder", root=root, input_size=(1, 16, 16))
+    with pytest.raises(ValueError, match=r"data\.mean has 2 values for 3 channel"):
+        create_data("image_folder", root=root, mean=(0.5, 0.5))
 
 
 def test_randomness_depends_on_seed_and_epoch_alone(tmp_path: Path) -> None:
