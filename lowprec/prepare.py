@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -197,6 +197,9 @@ class _Builder:
         operation.result.replace_all_uses_with(node)
         for old in reversed([operation.node, *operation.absorbed]):
             self.graph.erase_node(old)
+            # fx finds unused modules by identity, so it would keep a batch norm that is its convolution's child now.
+            if old.op == "call_module" and all(other.target != old.target for other in self.graph.nodes):
+                self.traced.delete_submodule(str(old.target))
         if quantizer is not None:
             self.source[node] = quantizer
 

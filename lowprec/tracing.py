@@ -84,7 +84,9 @@ def module_path(node: fx.Node) -> str:
 def describe(node: fx.Node, modules: dict[str, nn.Module]) -> str:
     """An operation as a user knows it: the kind of module or function, and where it stands in the model."""
     if node.op == "call_module":
-        return f"{type(modules[str(node.target)]).__name__} at {node.target}"
+        module = modules[str(node.target)]
+        inner = [type(child).__name__ for name, child in module.named_children() if name == "act"]
+        return f"{type(module).__name__}{f' with {inner[0]}' if inner else ''} at {node.target}"
     target: Callable[..., Any] | str = node.target
     name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
     return f"{name}() in {module_path(node) or 'the model itself'}"

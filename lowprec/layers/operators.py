@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from lowprec.layers.activations import ActivationQuantizer
 from lowprec.numerics.fixed_point import quantize_to_grid
+from lowprec.numerics.pooling import window_sizes
 
 # The activation functions that are fused into an operator, by name; "" is none.
 ACTIVATIONS = {"": lambda values: values, "relu": functional.relu, "relu6": functional.relu6}
@@ -80,22 +81,6 @@ class QuantizedAveragePool(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         """[B, C, H, W]; the averages on the output's grid."""
         return self.quantizer(self.unquantized(values))
-
-
-def window_sizes(
-    ones: Tensor,
-    kernel_size: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    ceil_mode: bool,
-    count_include_pad: bool,
-) -> Tensor:
-    """How many elements each pooling window divides by: [1, 1, H', W'], of the dtype of ``ones`` [1, 1, H, W]."""
-    if count_include_pad:
-        height, width = padding
-        ones = functional.pad(ones, (width, width, height, height), value=1.0)
-        padding = (0, 0)
-    return functional.avg_pool2d(ones, kernel_size, stride, padding, ceil_mode, True, divisor_override=1)
 
 
 class QuantizedReLU(nn.Module):

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lowprec.numerics.clusters import ClusterLayout
-from lowprec.numerics.fixed_point import dequantize, exponent_for, power_of_two, quantize, round_half_even
 from lowprec.numerics.fixed_point import SIGNED_8_BIT as EIGHT_BIT_CODES
+from lowprec.numerics.fixed_point import dequantize, exponent_for, quantize, round_half_even
 
 FOUR_BIT_LIMIT = 7
 # Starting points of the 4-bit solver, as shares of the scale that just fits the largest weight.

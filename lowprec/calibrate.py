@@ -1,0 +1,180 @@
+"""Activation exponents and batch-norm correction from a few batches of unlabelled images.
+
+One walk over the graph, layer after layer, each with the inputs that the quantized network before it really gives: first
+the batch norm is corrected, then the exponent of the output is chosen, then the output is quantized and handed on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from lowprec.layers import ActivationQuantizer, QuantizedLayer, quantized_layers
+from lowprec.numerics.calibrators import choose_exponent
+from lowprec.numerics.fixed_point import dequantize, quantize
+from lowprec.prepare import full_precision
+from lowprec.recipe import ActivationScheme
+
+log = logging.getLogger(__name__)
+
+# Variances below this are those of channels that are switched off: a ratio of two of them means nothing.
+DEAD_VARIANCE = 1e-12
+
+
+class ChannelStatistics(NamedTuple):
+    """Mean and variance of each channel [C], float64."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+@torch.no_grad()
+def calibrate(qmodel: fx.GraphModule, batches: Iterable[Any], batch_norm_correction: bool = True) -> None:
+    """Chooses the exponent of every activation tensor and corrects the batch norms of a prepared model, in place.
+
+    batches: images [B, C, H, W], normalised as the model expects; of (images, labels) pairs the images are taken. A few
+    hundred images do. With the recipe's calibrator. batch_norm_correction moves the running statistics by the difference
+    that quantization makes (no re-estimation, which breaks networks whose statistics come from augmented images):
+    mean' = mean + mean_q − mean_fp, var' = var · var_q / var_fp, with statistics of the same images.
+
+    Raises:
+        ValueError: no images; values that are infinite or NaN (the tensor is named); or a model calibrated already whose
+            batch norms would be corrected twice.
+    """
+    images = [batch[0] if isinstance(batch, list | tuple) else batch for batch in batches]
+    if not images or not any(len(batch) for batch in images):
+        raise ValueError("calibrate got no images: give at least one batch [B, C, H, W]")
+    if "recipe" not in qmodel.meta:
+        raise ValueError("calibrate expects a model made by lowprec.prepare(model, recipe, example_inputs)")
+    quantizers = [module for module in qmodel.modules() if isinstance(module, ActivationQuantizer)]
+    if batch_norm_correction and any(quantizer.calibrated for quantizer in quantizers):
+        raise ValueError(
+            "the model is calibrated already and its batch norms would be corrected twice: prepare the full-precision "
+            "model anew, or call calibrate(qmodel, batches, batch_norm_correction=False) to choose exponents alone"
+        )
+    device = next(qmodel.parameters()).device
+    images = [batch.to(device) for batch in images]
+    was_training = qmodel.training
+    qmodel.eval()
+    try:
+        reference = _reference_statistics(qmodel, images) if batch_norm_correction else {}
+        _Walk(qmodel, reference, qmodel.meta["recipe"].activations).run(images)
+    finally:
+        qmodel.train(was_training)
+
+
+def _reference_statistics(qmodel: fx.GraphModule, images: list[Tensor]) -> dict[str, ChannelStatistics]:
+    """Statistics of what goes into each batch norm in full precision, by the layer's name."""
+    sums: dict[str, _ChannelSums] = {}
+    handles = []
+    for name, layer in quantized_layers(qmodel):
+        if layer.norm is not None:
+            sums[name] = _ChannelSums()
+            handles.append(layer.norm.register_forward_pre_hook(_recorder(sums[name])))
+    try:
+        with full_precision(qmodel):
+            for batch in images:
+                qmodel(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: channel_sums.statistics() for name, channel_sums in sums.items()}
+
+
+def _recorder(sums: _ChannelSums) -> Any:
+    def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        sums.add(inputs[0])
+
+    return record
+
+
+class _ChannelSums:
+    """Count, sum and sum of squares of each channel, over batches."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total: Tensor | float = 0.0
+        self.squares: Tensor | float = 0.0
+
+    def add(self, values: Tensor) -> None:
+        wide = values.double().transpose(0, 1).flatten(1)
+        self.count += wide.shape[1]
+        self.total = self.total + wide.sum(1)
+        self.squares = self.squares + wide.square().sum(1)
+
+    def statistics(self) -> ChannelStatistics:
+        mean = torch.as_tensor(self.total) / self.count
+        return ChannelStatistics(mean, (torch.as_tensor(self.squares) / self.count - mean.square()).clamp(min=0))
+
+
+class _Walk:
+    """Goes through the graph node by node, all batches at a time; tensors are kept as 8-bit codes, and dropped early."""
+
+    def __init__(
+        self, qmodel: fx.GraphModule, reference: dict[str, ChannelStatistics], scheme: ActivationScheme
+    ) -> None:
+        self.qmodel = qmodel
+        self.reference = reference
+        self.scheme = scheme
+        self.values: dict[fx.Node, list[Any]] = {}
+
+    def run(self, images: list[Tensor]) -> None:
+        last_use = {used: node for node in self.qmodel.graph.nodes for used in node.all_input_nodes}
+        for node in self.qmodel.graph.nodes:
+            if node.op == "placeholder":
+                self.values[node] = images
+            elif node.op == "call_module":
+                self.values[node] = self._visit(str(node.target), [self.values[used] for used in node.args])  # type: ignore[index]
+            for used in node.all_input_nodes:
+                if last_use[used] is node:
+                    self.values.pop(used, None)
+
+    def _visit(self, name: str, inputs: list[list[Any]]) -> list[Any]:
+        module = self.qmodel.get_submodule(name)
+        batches = list(zip(*inputs, strict=True))
+        if isinstance(module, ActivationQuantizer):
+            return self._quantized(name, module, [batch[0] for batch in batches])
+        if isinstance(module, QuantizedLayer) and name in self.reference:
+            _correct(module, self.reference[name], [_unpacked(batch[0]) for batch in batches])
+        if getattr(module, "quantizer", None) is None:
+            # No quantizer of its own: it hands on the grid of its input, or its output is the network's.
+            return [module(*map(_unpacked, batch)) for batch in batches]
+        outputs = [module.unquantized(*map(_unpacked, batch)) for batch in batches]  # type: ignore[operator]
+        return self._quantized(name, module.quantizer, outputs)  # type: ignore[arg-type]
+
+    def _quantized(self, name: str, quantizer: ActivationQuantizer, outputs: list[Tensor]) -> list[Any]:
+        try:
+            exponent = choose_exponent(outputs, quantizer.codes, self.scheme.calibrator, self.scheme.percentile)
+        except ValueError as error:
+            raise ValueError(f"calibrating the output of {name}: {error}") from error
+        quantizer.set_exponent(exponent)
+        log.debug("%s: exponent %d", name, exponent)
+        dtype = torch.int8 if quantizer.signed else torch.uint8
+        return [(quantize(output, quantizer.exponent, quantizer.codes).to(dtype), quantizer) for output in outputs]
+
+
+def _unpacked(stored: Any) -> Tensor:
+    if isinstance(stored, Tensor):
+        return stored
+    codes, quantizer = stored
+    return dequantize(codes, quantizer.exponent)
+
+
+def _correct(layer: QuantizedLayer, reference: ChannelStatistics, inputs: list[Tensor]) -> None:
+    """mean' = mean + mean_q − mean_fp; var' = var · var_q / var_fp, but for channels without variance."""
+    sums = _ChannelSums()
+    for batch in inputs:
+        sums.add(layer.before_norm(batch))
+    found = sums.statistics()
+    norm = layer.norm
+    assert norm is not None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    alive = (found.variance > DEAD_VARIANCE) & (reference.variance > DEAD_VARIANCE)
+    ratio = torch.where(alive, found.variance / reference.variance.clamp(min=DEAD_VARIANCE), 1.0)
+    norm.running_mean.add_((found.mean - reference.mean).to(norm.running_mean.dtype))
+    norm.running_var.mul_(ratio.to(norm.running_var.dtype))

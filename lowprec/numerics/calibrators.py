@@ -1,0 +1,49 @@
+"""Calibrators: the exponent of an activation tensor from samples of its values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowprec.numerics.fixed_point import CodeRange, dequantize, exponent_for, quantize
+
+# Exponents below the one that just fits are tried down to this many (2^6: an outlier 64 times the bulk).
+CANDIDATES = 7
+# Errors and percentiles are taken from at most this many evenly spaced values; maxima from all.
+SAMPLES = 1 << 22
+# 2^-7: as if the largest value were near one. For a tensor that is zero on all calibration images.
+EXPONENT_OF_ZERO = -7
+
+
+def choose_exponent(tensors: list[Tensor], codes: CodeRange, calibrator: str, percentile: float) -> int:
+    """The exponent of a tensor of which ``tensors`` are samples (any shapes, finite), whose codes lie in ``codes``.
+
+    calibrator: `max` – the smallest exponent at which nothing is clipped; `percentile` – at which that share (%) of
+    magnitudes is not clipped; `mse` – the power of two that minimises the squared error, clipping included.
+
+    Raises:
+        ValueError: a value is infinite or NaN.
+    """
+    largest = torch.stack([tensor.detach().abs().amax().float() for tensor in tensors]).amax()
+    if not torch.isfinite(largest):
+        raise ValueError("values are infinite or NaN")
+    if largest == 0:
+        return EXPONENT_OF_ZERO
+    fitting = int(exponent_for(largest, codes.high))
+    if calibrator == "max":
+        return fitting
+    values = _sample(tensors)
+    if calibrator == "percentile":
+        rank = max(1, round(values.numel() * percentile / 100))
+        return int(exponent_for(values.abs().kthvalue(rank).values, codes.high))
+    candidates = torch.arange(fitting, fitting - CANDIDATES, -1, dtype=torch.int32, device=values.device)
+    errors = [
+        (dequantize(quantize(values, exponent, codes), exponent) - values).square().sum(dtype=torch.float64)
+        for exponent in candidates
+    ]
+    return int(candidates[torch.stack(errors).argmin()])
+
+
+def _sample(tensors: list[Tensor]) -> Tensor:
+    step = max(1, sum(tensor.numel() for tensor in tensors) // SAMPLES)
+    return torch.cat([tensor.detach().reshape(-1)[::step].float() for tensor in tensors])
