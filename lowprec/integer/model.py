@@ -1,0 +1,66 @@
+"""The integer model: a list of operators and whose results each of them takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lowprec.integer.operators import IntegerLayer, IntegerOperator, logits_of
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operator of the model: its name (that of the module it comes from), kind, and its inputs' names."""
+
+    name: str
+    inputs: tuple[str, ...]
+    operator: IntegerOperator
+
+
+class IntegerModel(nn.Module):
+    """Float images in, float logits out; between them integers alone. The last step's result is the output."""
+
+    def __init__(self, steps: list[Step]) -> None:
+        super().__init__()
+        self.steps = steps
+        self.operators = nn.ModuleList([step.operator for step in steps])
+        last_use = {name: step.name for step in steps for name in step.inputs}
+        # What may be forgotten after each step, so that memory holds live tensors only.
+        self._dead = {step.name: [name for name in step.inputs if last_use[name] == step.name] for step in steps}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] float -> logits [B, classes] float32."""
+        results: dict[str, Tensor] = {}
+        for step in self.steps:
+            results[step.name] = self._run_step(step, images, results)
+            for name in self._dead[step.name]:
+                results.pop(name, None)
+        last = self.steps[-1]
+        return logits_of(results[last.name], last.operator)
+
+    @torch.no_grad()
+    def codes(self, images: Tensor) -> dict[str, Tensor]:
+        """Every step's result by its name: int32 codes, the last one's 32-bit sums."""
+        results: dict[str, Tensor] = {}
+        for step in self.steps:
+            results[step.name] = self._run_step(step, images, results)
+        return results
+
+    @staticmethod
+    def _run_step(step: Step, images: Tensor, results: dict[str, Tensor]) -> Tensor:
+        inputs = [results[name] for name in step.inputs] or [images]
+        result: Tensor = step.operator(*inputs)
+        return result
+
+    @property
+    def input_channels(self) -> int:
+        """Channels of the images that the model takes."""
+        first = next(step.operator for step in self.steps if isinstance(step.operator, IntegerLayer))
+        return first.codes.shape[1] * int(getattr(first, "groups", 1))
+
+    @property
+    def sum_bound(self) -> int:
+        """The largest magnitude that any 32-bit sum of the model can reach, whatever the image."""
+        return max(step.operator.sum_bound for step in self.steps if isinstance(step.operator, IntegerLayer))
