@@ -265,7 +265,7 @@ def _require_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _did_you_mean(value: str, choices: tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(str(value), choices, n=1)
+    near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else ""
 
 

@@ -5,7 +5,6 @@ full-precision model ─ prepare, calibrate ─ fine-tune ─ convert, save, exp
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 from collections.abc import Iterator
@@ -20,12 +19,17 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from torch import Tensor, nn
 
-import lowprec
+from lowprec.calibrate import calibrate
 from lowprec.config import RunConfig
+from lowprec.convert import convert
+from lowprec.cost import cost
 from lowprec.data import DataModule
+from lowprec.export.onnx import export_onnx
 from lowprec.full_precision import full_precision_model
+from lowprec.integer.packed import save
 from lowprec.models import load_checkpoint, save_checkpoint
-from lowprec.report.summary import Summary, build_summary, summary_table
+from lowprec.prepare import prepare
+from lowprec.report.summary import Summary, build_summary, cost_summary, summary_table
 from lowprec.report.terminal import create_console
 from lowprec.run_data import run_data, test_images
 from lowprec.run_directory import RunDirectory, write_text
@@ -34,6 +38,7 @@ from lowprec.training.evaluation import Predictor, onnx_predictor, top1
 from lowprec.training.fit import fit
 from lowprec.training.loggers import close_loggers, create_loggers, log_summary
 from lowprec.training.module import Classification
+from lowprec.verify import VerificationError, verify
 
 
 @dataclass
@@ -66,9 +71,9 @@ class Run:
             self.directory.record(name, top1(predict, self.data.test_dataloader(), device))
         self.console.print(f"  top-1 on the test split: {self.directory.result(name):.2%}")
 
-    def example_inputs(self) -> tuple[Tensor, ...]:
-        """One image of the data's shape, [1, C, H, W]."""
-        return (torch.zeros(1, *self.data.input_size),)
+    def example_images(self) -> Tensor:
+        """Two images of the data's shape, [2, C, H, W]: batch norm in train mode takes no single one."""
+        return torch.zeros(2, *self.data.input_size)
 
 
 def run(config: RunConfig) -> Summary:
@@ -118,7 +123,7 @@ def _all_stages(current: Run, loggers: list[Logger]) -> Summary:
     qmodel = quantize(current, full_precision)
     fine_tune(current, qmodel, full_precision, loggers)
     imodel = ship(current, qmodel)
-    verify(current, qmodel, imodel)
+    prove(current, qmodel, imodel)
     return summarize(current)
 
 
@@ -126,8 +131,7 @@ def quantize(current: Run, full_precision: nn.Module) -> nn.Module:
     """The fake-quant model with solved weights and calibrated activations, as it is before any training."""
     directory = current.directory
     with current.stage("prepare", "prepare: weights to codes and scales"):
-        # prepare works on the model that it is given; the original is the teacher.
-        qmodel = lowprec.prepare(copy.deepcopy(full_precision), current.config.recipe, current.example_inputs())
+        qmodel: nn.Module = prepare(full_precision.cpu(), current.config.recipe, current.example_images())
     if directory.post_training_file.is_file():
         load_checkpoint(qmodel, directory.post_training_file)
     else:
@@ -136,10 +140,10 @@ def quantize(current: Run, full_precision: nn.Module) -> nn.Module:
         ):
             batches = current.data.calibration_batches(current.config.calibration.images)
             qmodel.to(current.device)
-            lowprec.calibrate(qmodel, [batch.to(current.device) for batch in batches])
+            calibrate(qmodel, [batch.to(current.device) for batch in batches])
         save_checkpoint(qmodel, directory.post_training_file, {"recipe": current.config.recipe.name})
     current.measure("post_training", qmodel, current.device)
-    directory.record("cost", _cost(qmodel.cpu(), current.example_inputs()))
+    directory.record("cost", cost_summary(cost(qmodel.cpu(), current.example_images())))
     return qmodel
 
 
@@ -176,18 +180,18 @@ def ship(current: Run, qmodel: nn.Module) -> nn.Module:
     """The integer model, saved packed and exported to ONNX."""
     directory = current.directory
     with current.stage("export", f"export: {directory.model_file.name} (packed), {directory.onnx_file.name}"):
-        imodel = lowprec.convert(qmodel.eval())
-        lowprec.save(imodel, directory.model_file)
-        lowprec.export_onnx(imodel, directory.onnx_file)
+        imodel = convert(qmodel.eval())
+        save(imodel, directory.model_file)
+        export_onnx(imodel, directory.onnx_file)
     return imodel
 
 
-def verify(current: Run, qmodel: nn.Module, imodel: nn.Module) -> None:
+def prove(current: Run, qmodel: nn.Module, imodel: nn.Module) -> None:
     """Compares every code of fake-quant, integer and ONNX model on the whole test split; measures the last two."""
     directory = current.directory
     current.console.print("verify: fake-quant, integer model and ONNX Runtime, code by code, on the whole test split")
     if directory.result("verify") is None:
-        report = lowprec.verify(qmodel, imodel, test_images(current.data), onnx=directory.onnx_file)
+        report = verify(qmodel, imodel, test_images(current.data), onnx=directory.onnx_file)
         if report.mismatched_codes:
             current.console.print(str(report))
         figures = {name: getattr(report, name) for name in ("images", "compared_codes", "mismatched_codes")}
@@ -224,15 +228,9 @@ def _already_finished(directory: RunDirectory, console: Console) -> Summary:
 def _raise_if_different(summary: Summary, directory: RunDirectory) -> None:
     differing = summary["verify"]["mismatched_codes"]
     if differing:
-        raise lowprec.VerificationError(
+        raise VerificationError(
             f"{differing:,} codes differ between what was validated and what was exported: do not ship {directory.path}"
         )
-
-
-def _cost(qmodel: nn.Module, example_inputs: tuple[Tensor, ...]) -> dict[str, Any]:
-    costs = lowprec.cost(qmodel, example_inputs)
-    names = ("macs", "multiplications_replaced", "weight_bits", "fp32_bytes", "packed_bytes", "integer_mac_share")
-    return {name: getattr(costs, name) for name in names}
 
 
 def _device(config: RunConfig) -> torch.device:

@@ -44,6 +44,11 @@ def build_summary(
     return summary
 
 
+def cost_summary(costs: Any) -> dict[str, Any]:
+    """The totals of a cost table (an object with these attributes) that go into the summary."""
+    return {name: getattr(costs, name) for name in COST_KEYS}
+
+
 def summary_table(summary: Summary) -> Table:
     """One table: top-1 of every form of the model, differing codes, and what it costs."""
     table = Table(

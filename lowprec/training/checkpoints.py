@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -32,7 +35,6 @@ class BestAndLast(Checkpoint):
         self.best_top1 = -1.0
         self.best_epoch = -1
         self._stop = False
-        self._previous_handler: Any = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_top1": self.best_top1, "best_epoch": self.best_epoch}
@@ -40,20 +42,23 @@ class BestAndLast(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_top1, self.best_epoch = state_dict["best_top1"], state_dict["best_epoch"]
 
-    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within it, Ctrl-C is heard here; outside of the main thread, where signals do not arrive, nothing changes."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = signal.signal(signal.SIGINT, self._on_signal)
         try:
-            self._previous_handler = signal.signal(signal.SIGINT, self._on_signal)
-        except ValueError:  # not in the main thread, where signals do not arrive
-            self._previous_handler = None
-
-    def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        if self._previous_handler is not None:
-            signal.signal(signal.SIGINT, self._previous_handler)
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._stop:
+        # After an epoch's last step its validation follows, and then on_train_epoch_end below.
+        if self._stop and not trainer.is_last_batch:
             trainer.save_checkpoint(self.folder / LAST)
             raise Interrupted
 

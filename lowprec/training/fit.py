@@ -20,6 +20,7 @@ from lowprec.training.checkpoints import BEST, LAST, BestAndLast
 from lowprec.training.module import Classification
 from lowprec.training.precision import choose_precision
 from lowprec.training.progress import progress_callbacks
+from lowprec.training.resume import ResumedData
 
 # Each says what is so on purpose here, and none what a user could act on.
 _IRRELEVANT_WARNINGS = (
@@ -76,10 +77,13 @@ def fit(
     )
     last = folder / LAST
     module.train()  # Lightning keeps the mode it finds
-    with warnings.catch_warnings():
+    with checkpoints.listening(), warnings.catch_warnings():
         for message in _IRRELEVANT_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
-        trainer.fit(module, data, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
+        if last.is_file():
+            trainer.fit(module, ResumedData(data, last), ckpt_path=str(last), weights_only=True)
+        else:
+            trainer.fit(module, data)
     module.model.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     load_checkpoint(module.model, folder / BEST)
     return checkpoints.best_epoch + 1

@@ -57,8 +57,8 @@ class Classification(lightning.LightningModule):
             random.setstate(_as_tuples(self._random_state["python"]))
             np.random.set_state(("MT19937", *self._random_state["numpy"]))  # noqa: NPY002
         for teacher in self._teacher:
-            teacher.to(self.device, memory_format=self.memory_format).eval().requires_grad_(False)  # type:
-            ignore[call - overload]
+            teacher.to(self.device, memory_format=self.memory_format)  # type: ignore[call-overload]
+            teacher.eval().requires_grad_(False)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         images, labels = batch

@@ -1,0 +1,123 @@
+"""What can be done with a finished run (evaluate, verify, export), and what needs no run at all (cost)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from lowprec.config import ConfigError, RunConfig
+from lowprec.cost import cost
+from lowprec.export.onnx import export_onnx
+from lowprec.full_precision import build_model
+from lowprec.integer.packed import load
+from lowprec.models import load_checkpoint
+from lowprec.prepare import prepare
+from lowprec.report.summary import Summary, cost_rows, cost_summary
+from lowprec.run_data import published_data_config, run_data, test_images
+from lowprec.run_directory import RunDirectory
+from lowprec.training.checkpoints import BEST
+from lowprec.training.evaluation import onnx_predictor, top1
+from lowprec.verify import verify
+
+
+def finished_run(config: RunConfig) -> RunDirectory:
+    """The finished run that ``run_id``, or the experiment and overrides, name; with the configuration it was made with.
+
+    Where it works (data folder, loader processes) is taken from ``config``.
+
+    Raises:
+        ConfigError: there is no such run, or it is not finished.
+    """
+    directory = RunDirectory(config)
+    stored = directory.stored_config()
+    if not directory.finished:
+        raise ConfigError(f"the run {directory.path} is not finished: task=train goes on with it")
+    here = config.data
+    data = replace(stored.data, num_workers=here.num_workers, eval_batch_size=here.eval_batch_size)
+    if here.name == stored.data.name and here.root is not None:
+        data = replace(data, root=here.root)
+    directory.config = replace(stored, task=config.task, runs_dir=config.runs_dir, run_id=config.run_id, data=data)
+    return directory
+
+
+def evaluate_run(config: RunConfig, console: Console) -> Summary:
+    """Top-1 of the packed integer model and of the ONNX file on the whole test split, read from the run's files."""
+    directory = finished_run(config)
+    data = run_data(directory.config)
+    accuracies = {
+        "integer": top1(load(directory.model_file), data.test_dataloader()),
+        "onnx": top1(onnx_predictor(str(directory.onnx_file)), data.test_dataloader()),
+    }
+    table = Table("file", "top-1", title=f"{directory.path}, {data.sizes['test']:,} test images", title_justify="left")
+    table.add_row(directory.model_file.name, f"{accuracies['integer']:.2%}")
+    table.add_row(directory.onnx_file.name, f"{accuracies['onnx']:.2%}")
+    console.print(table)
+    return {name: {"top1": value} for name, value in accuracies.items()}
+
+
+def verify_run(config: RunConfig, console: Console) -> Summary:
+    """Compares the run's fake-quant checkpoint, its packed file and its ONNX file, code by code.
+
+    Raises:
+        VerificationError: any code differs.
+    """
+    directory = finished_run(config)
+    data = run_data(directory.config)
+    qmodel = fake_quant_model(directory, data.num_classes, data.input_size)
+    report = verify(qmodel, load(directory.model_file), test_images(data), onnx=directory.onnx_file)
+    console.print(str(report))
+    report.raise_if_different()
+    return {name: getattr(report, name) for name in ("images", "compared_codes", "mismatched_codes")}
+
+
+def export_run(config: RunConfig, console: Console) -> Summary:
+    """Writes the ONNX file anew from the packed integer model alone."""
+    directory = finished_run(config)
+    export_onnx(load(directory.model_file), directory.onnx_file)
+    console.print(f"wrote {directory.onnx_file} ({directory.onnx_file.stat().st_size:,} bytes)")
+    return {}
+
+
+def cost_of(config: RunConfig, console: Console) -> Summary:
+    """What the configured model would cost, from shapes alone: no data, no weights, no run."""
+    data = config.data
+    if data.num_classes is None:
+        raise ConfigError("data.num_classes=null: task=cost reads no data, so give the number of classes")
+    shape = (data.in_channels, data.image_size, data.image_size)
+    if data.image_size is None:
+        shape = published_data_config(config)["input_size"]
+    with torch.device("meta"):
+        model = build_model(config, num_classes=data.num_classes).eval()
+        images = torch.empty(2, *shape)
+        costs = cost(prepare(model, config.recipe, images), images)
+    title = f"{config.model.name}, {config.recipe.name}, images of {shape[1]}×{shape[2]}"
+    table = Table(title=title, title_justify="left", show_header=False)
+    summary = cost_summary(costs)
+    for row in cost_rows(summary):
+        table.add_row(*row)
+    console.print(str(costs))
+    console.print(table)
+    return summary
+
+
+def fake_quant_model(directory: RunDirectory, num_classes: int, input_size: tuple[int, int, int]) -> nn.Module:
+    """The run's fake-quant model as it was shipped: the best of fine-tuning, or the calibrated one."""
+    config = directory.config
+    model = build_model(config, num_classes=num_classes).eval()
+    qmodel: nn.Module = prepare(model, config.recipe, torch.zeros(2, *input_size))
+    best = directory.checkpoints / BEST
+    load_checkpoint(qmodel, best if best.is_file() else directory.post_training_file)
+    return qmodel.eval()
+
+
+TASKS: dict[str, Callable[[RunConfig, Console], Summary]] = {
+    "evaluate": evaluate_run,
+    "verify": verify_run,
+    "export": export_run,
+    "cost": cost_of,
+}

@@ -1,0 +1,64 @@
+"""Sparsity and flips of codes, and the alarm when a layer collapses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from lowprec.calibrate import calibrate
+from lowprec.config import OptimConfig, TrainerConfig
+from lowprec.data import create_data
+from lowprec.layers import quantized_layers
+from lowprec.models import create_model
+from lowprec.prepare import prepare
+from lowprec.recipe import Recipe
+from lowprec.training.codes import CodeStatistics, CollapseWarning, sparsity
+from lowprec.training.fit import fit
+from lowprec.training.loggers import MetricsFile
+from lowprec.training.module import Classification
+
+
+def test_sparsity_is_the_share_of_zeros() -> None:
+    assert sparsity(torch.tensor([[0, 1], [-1, 0]], dtype=torch.int8)) == 0.5
+
+
+def test_every_layer_is_logged_and_a_collapsed_one_is_named(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    data = create_data("digits", limit_train=128)
+    model = create_model("cifar_resnet8", in_channels=1, num_classes=10, width=4).eval()
+    qmodel = prepare(model, Recipe.load("w2a8_n4"), torch.zeros(2, *data.input_size))
+    calibrate(qmodel, data.calibration_batches(64))
+    layers = dict(quantized_layers(qmodel))
+    names = list(layers)
+    # One weight that dwarfs the others of its cluster is the only one that is not zero; frozen, so that it stays so.
+    collapsed = names[3]
+    weight = layers[collapsed].weight
+    with torch.no_grad():
+        weight.mul_(1e-6)
+        weight[:, 0, 0, 0] = 1.0
+        weight[1:] = 0
+    weight.requires_grad_(False)
+    layers[collapsed].weight_quantizer.solve(weight, collapsed)
+    logger = MetricsFile(tmp_path / "metrics.csv")
+    with pytest.warns(CollapseWarning, match=f"layer {collapsed} has collapsed.*quant.rules") as warned:
+        fit(
+            Classification(qmodel, OptimConfig(learning_rate=1e-4)),
+            data,
+            folder=tmp_path,
+            max_epochs=2,
+            settings=TrainerConfig(precision="32", accelerator="cpu", progress="none"),
+            title="",
+            console=Console(quiet=True),
+            callbacks=[CodeStatistics()],
+            loggers=[logger],
+        )
+    assert len([warning for warning in warned if warning.category is CollapseWarning]) == 1
+    header, first, _ = (tmp_path / "metrics.csv").read_text().splitlines()
+    columns = header.split(",")
+    assert {f"sparsity/{name}" for name in names} | {f"flips/{name}" for name in names} <= set(columns)
+    values = dict(zip(columns, first.split(","), strict=True))
+    assert float(values[f"sparsity/{collapsed}"]) > 0.99
+    assert 0 <= float(values[f"flips/{names[0]}"]) < 0.5

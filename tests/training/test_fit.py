@@ -1,0 +1,173 @@
+"""Training itself: it learns, it ends with the best weights, and one that was cut off ends like an undisturbed one."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as lightning
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from rich.console import Console
+from torch import Tensor, nn
+
+from lowprec.calibrate import calibrate
+from lowprec.config import DistillationConfig, OptimConfig, TrainerConfig
+from lowprec.data import DataModule, create_data
+from lowprec.models import checkpoint_metadata, create_model
+from lowprec.prepare import prepare
+from lowprec.recipe import Recipe
+from lowprec.training.checkpoints import BEST, LAST, Interrupted
+from lowprec.training.evaluation import top1
+from lowprec.training.fit import fit
+from lowprec.training.module import Classification
+
+EPOCHS = 3
+
+
+@pytest.fixture(scope="module")
+def data() -> DataModule:
+    return create_data("digits", batch_size=64, limit_train=640)
+
+
+def fake_quant_model(data: DataModule) -> nn.Module:
+    torch.manual_seed(0)
+    model = create_model("cifar_resnet8", in_channels=1, num_classes=10, width=4).eval()
+    qmodel = prepare(model, Recipe.load("w2a8_n4"), torch.zeros(2, *data.input_size))
+    calibrate(qmodel, data.calibration_batches(64))
+    return qmodel
+
+
+def train(
+    model: nn.Module, data: DataModule, folder: Path, *, callbacks: Sequence[Callback] = (), **settings: Any
+) -> int:
+    module = Classification(
+        model,
+        OptimConfig(learning_rate=0.05, warmup_epochs=0.5),
+        teacher=settings.pop("teacher", None),
+        distillation=DistillationConfig(weight=0.5),
+    )
+    return fit(
+        module,
+        data,
+        folder=folder,
+        max_epochs=EPOCHS,
+        settings=TrainerConfig(precision="32", accelerator="cpu", progress="none", **settings),
+        title="",
+        console=Console(quiet=True),
+        callbacks=callbacks,
+    )
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_equal_states(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data: DataModule, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The best weights and the last checkpoint of a training that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    model = fake_quant_model(data)
+    train(model, data, folder)
+    return state(model), torch.load(folder / LAST, weights_only=True)
+
+
+class StopAt(Callback):
+    """Presses Ctrl-C in a step: (epoch, batch)."""
+
+    def __init__(self, epoch: int, batch: int) -> None:
+        self.at = (epoch, batch)
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if (trainer.current_epoch, batch_idx) == self.at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    "stop", [StopAt(0, 9), StopAt(1, 4), StopAt(0, 0)], ids=["epoch_end", "mid_epoch", "first_step"]
+)
+def test_a_training_cut_off_by_ctrl_c_ends_like_an_undisturbed_one(
+    stop: StopAt, data: DataModule, undisturbed: tuple[dict[str, Tensor], dict[str, Any]], tmp_path: Path
+) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted):
+        train(fake_quant_model(data), data, tmp_path, callbacks=[stop])
+    assert signal.getsignal(signal.SIGINT) is before
+    resumed = fake_quant_model(data)
+    train(resumed, data, tmp_path)
+    weights, last = undisturbed
+    assert_equal_states(state(resumed), weights)
+    found = torch.load(tmp_path / LAST, weights_only=True)
+    assert_equal_states(found["state_dict"], last["state_dict"])
+    assert found["global_step"] == last["global_step"] == 10 * EPOCHS
+    momenta = [content["optimizer_states"][0]["state"] for content in (found, last)]
+    assert all(
+        torch.equal(momenta[0][key]["momentum_buffer"], momenta[1][key]["momentum_buffer"]) for key in momenta[0]
+    )
+
+
+def test_a_finished_training_is_not_done_again(data: DataModule, tmp_path: Path) -> None:
+    first, again = fake_quant_model(data), fake_quant_model(data)
+    best = train(first, data, tmp_path)
+    written = (tmp_path / LAST).stat().st_mtime_ns
+    assert train(again, data, tmp_path) == best
+    assert (tmp_path / LAST).stat().st_mtime_ns == written
+    assert_equal_states(state(first), state(again))
+
+
+def test_the_model_ends_with_its_best_weights_by_validation(data: DataModule, tmp_path: Path) -> None:
+    model = fake_quant_model(data)
+    before = top1(model, data.val_dataloader())
+    best = train(model, data, tmp_path)
+    metadata = checkpoint_metadata(tmp_path / BEST)
+    assert metadata["epoch"] == str(best)
+    after = top1(model, data.val_dataloader())
+    assert after == pytest.approx(float(metadata["validation_top1"]), abs=1e-6)
+    assert after > before
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_teacher_is_neither_trained_nor_kept(data: DataModule, tmp_path: Path) -> None:
+    teacher = create_model("cifar_resnet8", in_channels=1, num_classes=10, width=4)
+    before = state(teacher)
+    train(fake_quant_model(data), data, tmp_path, teacher=teacher)
+    assert_equal_states(state(teacher), before)
+    assert not any("teacher" in key for key in torch.load(tmp_path / LAST, weights_only=True)["state_dict"])
+
+
+def test_bf16_and_gradient_clipping_work_and_evaluation_stays_in_float32(data: DataModule, tmp_path: Path) -> None:
+    model = fake_quant_model(data)
+    module = Classification(model, OptimConfig(learning_rate=0.05), channels_last=False)
+    fit(
+        module,
+        data,
+        folder=tmp_path,
+        max_epochs=1,
+        settings=TrainerConfig(precision="bf16", accelerator="cpu", progress="none", gradient_clip=1.0),
+        title="",
+        console=Console(quiet=True),
+    )
+    metadata = checkpoint_metadata(tmp_path / BEST)
+    assert top1(model, data.val_dataloader()) == pytest.approx(float(metadata["validation_top1"]), abs=1e-6)
+
+
+def test_a_line_per_epoch_where_there_is_no_terminal(data: DataModule, tmp_path: Path) -> None:
+    console = Console(record=True, width=120, quiet=False, file=(tmp_path / "out").open("w"))
+    module = Classification(fake_quant_model(data), OptimConfig(learning_rate=0.05))
+    settings = TrainerConfig(precision="32", accelerator="cpu", progress="plain")
+    fit(module, data, folder=tmp_path, max_epochs=2, settings=settings, title="fine-tuning", console=console)
+    lines = console.export_text().splitlines()
+    assert len(lines) == 2
+    assert lines[1].startswith("fine-tuning  epoch 2/2  loss ")
+    assert "validation top-1" in lines[1]
