@@ -15,6 +15,9 @@ from omegaconf import DictConfig
 
 from lowprec.compose import compose_run, run_config
 from lowprec.config import ConfigError, RunConfig
+from lowprec.report.summary import summary_table
+from lowprec.report.terminal import create_console
+from lowprec.run_directory import RunDirectory, RunInUseError
 
 FAILED, WRONG_CONFIGURATION, INTERRUPTED = 1, 2, 130
 # These change what is composed, or take a value that looks like an override: Hydra itself has to read them.
@@ -49,7 +52,23 @@ def execute(composed: DictConfig, choices: Mapping[str, Any], overrides: Iterabl
     except ConfigError as error:
         _complain(error)
         return WRONG_CONFIGURATION
+    try:
+        directory = RunDirectory(config)
+        if config.task == "train" and directory.finished and not config.fresh:
+            return _show_finished(directory)
+    except ConfigError as error:
+        _complain(error)
+        return WRONG_CONFIGURATION
     return _run(config)
+
+
+def _show_finished(directory: RunDirectory) -> int:
+    directory.check_configuration()
+    summary = directory.summary()
+    console = create_console()
+    console.print(summary_table(summary))
+    console.print(f"the run {directory.path} is finished; fresh=true starts it afresh, run_id=NAME makes another one")
+    return FAILED if summary["verify"]["mismatched_codes"] else 0
 
 
 def _run(config: RunConfig) -> int:
@@ -60,7 +79,6 @@ def _run(config: RunConfig) -> int:
     from lowprec.models import CheckpointError
     from lowprec.recipe import RecipeError
     from lowprec.run import run
-    from lowprec.run_directory import RunInUseError
     from lowprec.training.checkpoints import Interrupted
     from lowprec.verify import VerificationError
 

@@ -52,8 +52,10 @@ def full_precision_model(config: RunConfig, data: Any, console: Console) -> nn.M
     elif config.model.pretrained:
         model = build_model(config, num_classes=data.num_classes, pretrained=True)
     else:
+        path = _baseline(config, data, console)
+        # Built anew: a model that was just trained has other strides than one that was loaded, and so other roundings.
         model = build_model(config, num_classes=data.num_classes)
-        _load_or_train_baseline(model, config, data, console)
+        load_checkpoint(model, path)
     return model.eval()
 
 
@@ -75,7 +77,7 @@ def baseline_file(config: RunConfig) -> Path:
     return Path(config.runs_dir) / "baselines" / f"{name}.safetensors"
 
 
-def _load_or_train_baseline(model: nn.Module, config: RunConfig, data: Any, console: Console) -> None:
+def _baseline(config: RunConfig, data: Any, console: Console) -> Path:
     path = baseline_file(config)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Runs that start at the same time train it once: the others wait here, and then find it.
@@ -84,14 +86,15 @@ def _load_or_train_baseline(model: nn.Module, config: RunConfig, data: Any, cons
             console.print(f"full-precision baseline: {path}")
         else:
             console.print(f"full-precision baseline: none yet, training it for {config.baseline.max_epochs} epochs")
-            _train_baseline(model, config, data, console, path)
-        load_checkpoint(model, path)
+            _train_baseline(config, data, console, path)
+    return path
 
 
-def _train_baseline(model: nn.Module, config: RunConfig, data: Any, console: Console, path: Path) -> None:
+def _train_baseline(config: RunConfig, data: Any, console: Console, path: Path) -> None:
     # Its checkpoints lie beside it while it trains, so that whichever run comes next goes on with it.
     folder = path.with_suffix("")
     folder.mkdir(exist_ok=True)
+    model = build_model(config, num_classes=data.num_classes)
     module = Classification(
         model,
         config.baseline.optim,

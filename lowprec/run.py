@@ -21,15 +21,15 @@ from torch import Tensor, nn
 
 from lowprec.calibrate import calibrate
 from lowprec.config import RunConfig
-from lowprec.convert import convert
 from lowprec.cost import cost
 from lowprec.data import DataModule
 from lowprec.export.onnx import export_onnx
 from lowprec.full_precision import full_precision_model
+from lowprec.integer.convert import convert
 from lowprec.integer.packed import save
 from lowprec.models import load_checkpoint, save_checkpoint
 from lowprec.prepare import prepare
-from lowprec.report.summary import Summary, build_summary, cost_summary, summary_table
+from lowprec.report.summary import TOP1_ROWS, Summary, build_summary, cost_summary, summary_table
 from lowprec.report.terminal import create_console
 from lowprec.run_data import run_data, test_images
 from lowprec.run_directory import RunDirectory, write_text
@@ -69,7 +69,7 @@ class Run:
         """Measures top-1 on the whole test split and keeps it, unless it is known already."""
         if self.directory.result(name) is None:
             self.directory.record(name, top1(predict, self.data.test_dataloader(), device))
-        self.console.print(f"  top-1 on the test split: {self.directory.result(name):.2%}")
+        self.console.print(f"  {dict(TOP1_ROWS)[name]}: {self.directory.result(name):.2%} top-1 on the test split")
 
     def example_images(self) -> Tensor:
         """Two images of the data's shape, [2, C, H, W]: batch norm in train mode takes no single one."""
@@ -98,7 +98,7 @@ def train(config: RunConfig, console: Console) -> Summary:
     directory.open()
     try:
         if directory.finished:
-            return _already_finished(directory, console)
+            return directory.summary()
         console.print(f"run {directory.path}")
         # The sums of a GPU or of several threads are done in a fixed order, so that the same seed gives the same
         # figures.
@@ -113,7 +113,11 @@ def train(config: RunConfig, console: Console) -> Summary:
             close_loggers(loggers)
     finally:
         directory.close()
-    _raise_if_different(summary, directory)
+    differing = summary["verify"]["mismatched_codes"]
+    if differing:
+        raise VerificationError(
+            f"{differing:,} codes differ between what was validated and what was exported: do not ship {directory.path}"
+        )
     return summary
 
 
@@ -215,22 +219,6 @@ def summarize(current: Run) -> Summary:
     current.console.print(summary_table(summary))
     current.console.print(f"everything is in {directory.path}")
     return summary
-
-
-def _already_finished(directory: RunDirectory, console: Console) -> Summary:
-    summary: Summary = json.loads(directory.summary_file.read_text())
-    console.print(summary_table(summary))
-    console.print(f"the run {directory.path} is finished; fresh=true starts it afresh, run_id=NAME makes another one")
-    _raise_if_different(summary, directory)
-    return summary
-
-
-def _raise_if_different(summary: Summary, directory: RunDirectory) -> None:
-    differing = summary["verify"]["mismatched_codes"]
-    if differing:
-        raise VerificationError(
-            f"{differing:,} codes differ between what was validated and what was exported: do not ship {directory.path}"
-        )
 
 
 def _device(config: RunConfig) -> torch.device:

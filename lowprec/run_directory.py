@@ -63,7 +63,7 @@ class RunDirectory:
             self._clear()
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         if self.started:
-            self._check_configuration()
+            self.check_configuration()
         else:
             write_text(self.config_file, to_yaml(self.config))
         self.state = {"git": git_commit(), "attempt": attempt, "results": {}, "seconds": {}}
@@ -111,6 +111,10 @@ class RunDirectory:
         attempt = self.state["attempt"]
         return f"{self.path.name}-{attempt + 1}" if attempt else self.path.name
 
+    def summary(self) -> dict[str, Any]:
+        """summary.json of a finished run."""
+        return _read_json(self.summary_file)
+
     def result(self, name: str) -> Any:
         """What a finished stage recorded under this name, or None."""
         return self.state["results"].get(name)
@@ -128,7 +132,8 @@ class RunDirectory:
     def _write_state(self) -> None:
         write_text(self.state_file, json.dumps(self.state, indent=2) + "\n")
 
-    def _check_configuration(self) -> None:
+    def check_configuration(self) -> None:
+        """Raises ConfigError when the run in the folder was started with another configuration; names the first key."""
         stored, composed = _flat_identity(self.stored_config()), _flat_identity(self.config)
         for key in sorted({*stored, *composed}):
             ours, theirs = composed.get(key, "nothing"), stored.get(key, "nothing")

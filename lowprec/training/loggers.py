@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import netrc
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -91,6 +92,8 @@ def create_loggers(config: LoggerConfig, folder: Path, run_name: str, content: d
 
 
 def _wandb_logger(config: LoggerConfig, folder: Path, run_name: str, content: dict[str, Any]) -> WandbLogger:
+    # Nothing on the terminal but errors: the run has its own words, and no prompt may stop it.
+    os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
     offline = config.mode == "offline" or (config.mode == "auto" and not has_wandb_key())
@@ -104,7 +107,6 @@ def _wandb_logger(config: LoggerConfig, folder: Path, run_name: str, content: di
         offline=offline,
         resume="allow",
         config=content,
-        # Nothing on the terminal but errors: the run has its own words, and no prompt may stop it.
         settings=wandb.Settings(silent=True, console="off"),
     )
 
@@ -127,7 +129,8 @@ def log_summary(loggers: list[Logger], summary: dict[str, Any], file: Path) -> N
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.summary.update(flatten(summary))
-            logger.experiment.save(str(file), base_path=str(file.parent), policy="now")
+            # What lies in this folder at the end of a run goes with it.
+            shutil.copy(file, logger.experiment.dir)
 
 
 def close_loggers(loggers: list[Logger]) -> None:
@@ -135,9 +138,7 @@ def close_loggers(loggers: list[Logger]) -> None:
     for logger in loggers:
         logger.finalize("finished")
         if isinstance(logger, WandbLogger):
-            import wandb
-
-            wandb.finish(quiet=True)
+            logger.experiment.finish()
 
 
 def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
