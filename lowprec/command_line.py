@@ -59,7 +59,7 @@ def execute(composed: DictConfig, choices: Mapping[str, Any], overrides: Iterabl
     except ConfigError as error:
         _complain(error)
         return WRONG_CONFIGURATION
-    return _run(config)
+    return run_to_exit_code(config)
 
 
 def _show_finished(directory: RunDirectory) -> int:
@@ -71,23 +71,32 @@ def _show_finished(directory: RunDirectory) -> int:
     return FAILED if summary["verify"]["mismatched_codes"] else 0
 
 
-def _run(config: RunConfig) -> int:
+def run_to_exit_code(config: RunConfig) -> int:
+    """Runs a checked configuration; returns the exit code, and leaves the process with 130 at Ctrl-C."""
     # Here, not above: torch takes seconds to import, and a mistake in the configuration should not have to wait for it.
     from filelock import Timeout
 
     from lowprec.data import DataError
+    from lowprec.integer.convert import ConversionError
+    from lowprec.integer.packed import PackedFileError
     from lowprec.models import CheckpointError
+    from lowprec.operators import UnsupportedModelError
     from lowprec.recipe import RecipeError
     from lowprec.run import run
+    from lowprec.tracing import TracingError
     from lowprec.training.checkpoints import Interrupted
     from lowprec.verify import VerificationError
 
+    failures = (
+        *(DataError, CheckpointError, PackedFileError, RunInUseError, Timeout),
+        *(TracingError, UnsupportedModelError, ConversionError, VerificationError),
+    )
     try:
         run(config)
     except (ConfigError, RecipeError) as error:
         _complain(error)
         return WRONG_CONFIGURATION
-    except (DataError, CheckpointError, RunInUseError, VerificationError, Timeout) as error:
+    except failures as error:
         _complain(error)
         return FAILED
     except (Interrupted, KeyboardInterrupt):

@@ -128,6 +128,7 @@ class TrainerConfig:
     gradient_clip: Optional[float] = None  # noqa: UP045
     precision: str = "auto"
     accelerator: str = "auto"
+    threads: Optional[int] = None  # noqa: UP045
     channels_last: bool = True
     progress: str = "auto"
 
@@ -219,6 +220,8 @@ class RunConfig:
         _require("trainer.distillation.temperature", temperature, temperature > 0, "above 0")
         clip = trainer.gradient_clip
         _require("trainer.gradient_clip", clip, clip is None or clip > 0, "a norm above 0, or null")
+        threads = trainer.threads
+        _require("trainer.threads", threads, threads is None or threads > 0, "at least 1, or null for all cores")
         _require_choice("trainer.precision", trainer.precision, PRECISIONS)
         _require_choice("trainer.accelerator", trainer.accelerator, ACCELERATORS)
         _require_choice("trainer.progress", trainer.progress, PROGRESS)

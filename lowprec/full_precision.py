@@ -53,7 +53,7 @@ def full_precision_model(config: RunConfig, data: Any, console: Console) -> nn.M
         model = build_model(config, num_classes=data.num_classes, pretrained=True)
     else:
         path = _baseline(config, data, console)
-        # Built anew: a model that was just trained has other strides than one that was loaded, and so other roundings.
+        # Built anew, so that a run goes on from the same tensors whether the baseline was trained just now or found.
         model = build_model(config, num_classes=data.num_classes)
         load_checkpoint(model, path)
     return model.eval()

@@ -85,6 +85,8 @@ def run(config: RunConfig) -> Summary:
         Interrupted: the user pressed Ctrl-C in a training; the same configuration goes on from there.
     """
     console = create_console()
+    if config.trainer.threads is not None:
+        torch.set_num_threads(config.trainer.threads)
     if config.task != "train":
         from lowprec.tasks import TASKS
 

@@ -108,6 +108,7 @@ def test_a_wrong_type_is_named(override: str, parts: list[str]) -> None:
         "trainer.distillation.weight=1.5",
         "trainer.distillation.temperature=0",
         "trainer.gradient_clip=0",
+        "trainer.threads=0",
         "data.batch_size=0",
         "data.validation_share=1",
         "data.limit_test=0",
