@@ -1,1 +1,66 @@
-"""lowprec: low-precision fine-tuning for PyTorch, from a full-precision model to an integer one that is equal to it."""
+"""lowprec: low-precision fine-tuning for PyTorch, from a full-precision model to an integer one that is equal to it.
+
+recipe = lowprec.Recipe.load("w2a8_n4")
+qmodel = lowprec.prepare(model, recipe, example_inputs)
+lowprec.calibrate(qmodel, batches)
+imodel = lowprec.convert(qmodel)
+lowprec.export_onnx(imodel, "model.onnx")
+lowprec.verify(qmodel, imodel, batches, onnx="model.onnx").raise_if_different()
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lowprec.calibrate import calibrate
+    from lowprec.cost import cost
+    from lowprec.export.onnx import export_onnx
+    from lowprec.integer.convert import convert
+    from lowprec.integer.packed import load, save
+    from lowprec.numerics.solve import solve
+    from lowprec.prepare import prepare
+    from lowprec.recipe import Recipe
+    from lowprec.verify import verify
+
+__all__ = ["Recipe", "calibrate", "convert", "cost", "export_onnx", "load", "prepare", "save", "solve", "verify"]
+
+# Where each public name lives. Found when first used, so that `import lowprec` and a mistyped command do not wait for torch.
+_HOMES = {
+    "Recipe": "lowprec.recipe",
+    "calibrate": "lowprec.calibrate",
+    "convert": "lowprec.integer.convert",
+    "cost": "lowprec.cost",
+    "export_onnx": "lowprec.export.onnx",
+    "load": "lowprec.integer.packed",
+    "prepare": "lowprec.prepare",
+    "save": "lowprec.integer.packed",
+    "solve": "lowprec.numerics.solve",
+    "verify": "lowprec.verify",
+}
+
+
+class _Package(ModuleType):
+    """The package as a module whose public functions win over the submodules of the same names.
+
+    Importing ``lowprec.prepare`` anywhere binds the submodule as an attribute of the package; here the function of that
+    name is bound instead, whatever was imported first.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module 'lowprec' has no attribute {name!r}; its public names: {', '.join(__all__)}")
+        return getattr(importlib.import_module(_HOMES[name]), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        own_submodule = isinstance(value, ModuleType) and _HOMES.get(name) == value.__name__
+        super().__setattr__(name, getattr(value, name) if own_submodule else value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package

@@ -54,6 +54,8 @@ def prepare(model: nn.Module, recipe: Recipe | str | Path, example_inputs: Tenso
         raise TypeError(
             f"example_inputs must be one tensor of images [B, C, H, W], not {type(example_inputs).__name__}"
         )
+    if example_inputs.dim() != 4:
+        raise ValueError(f"example_inputs must have the shape [B, C, H, W], not {list(example_inputs.shape)}")
     if any(isinstance(module, ActivationQuantizer) for module in model.modules()):
         raise ValueError("the model is prepared already: prepare the full-precision model")
     original, model = model, copy.deepcopy(model)
@@ -66,6 +68,7 @@ def prepare(model: nn.Module, recipe: Recipe | str | Path, example_inputs: Tenso
     _Builder(traced, {assignment.name: assignment.scheme for assignment in assignments}).build(operations)
     traced.meta["recipe"] = recipe
     traced.meta["assignments"] = assignments
+    traced.meta["image_shape"] = tuple(example_inputs.shape[1:])
     traced.train(original.training)
     _check_rewritten(original, traced, example_inputs)
     return traced

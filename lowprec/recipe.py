@@ -156,7 +156,7 @@ class Recipe:
 
     def validate(self) -> None:
         """Raises RecipeError for a value that no recipe can have; the message names its key and the valid choices."""
-        _check_scheme(asdict(self.weights), "quant.weights")
+        check_weight_scheme(self.weights, "quant.weights")
         for index, rule in enumerate(self.rules):
             key = f"quant.rules[{index}]"
             if not rule.pattern or (rule.pattern.startswith("@") and rule.pattern[1:] not in ROLES):
@@ -196,6 +196,11 @@ class Recipe:
                 schemes[name] = replace(schemes[name], **rule.changes())
                 applied[name].append(rule.pattern)
         return [LayerAssignment(layer.name, schemes[layer.name], tuple(applied[layer.name])) for layer in layers]
+
+
+def check_weight_scheme(scheme: WeightScheme, key: str) -> None:
+    """Raises RecipeError for an impossible value; ``key`` is where the scheme stands, for the message."""
+    _check_scheme(asdict(scheme), key)
 
 
 def _matches(pattern: str, layer: LayerTraits) -> bool:

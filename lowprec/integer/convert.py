@@ -66,7 +66,7 @@ def convert(qmodel: fx.GraphModule) -> IntegerModel:
         names[node] = name
         if operator.output is not None:
             grids[name] = operator.output
-    return IntegerModel(steps).eval()
+    return IntegerModel(steps, qmodel.meta["image_shape"]).eval()
 
 
 def _operator(module: nn.Module, inputs: list[Grid]) -> IntegerOperator:

@@ -20,10 +20,15 @@ class Step:
 
 
 class IntegerModel(nn.Module):
-    """Float images in, float logits out; between them integers alone. The last step's result is the output."""
+    """Float images in, float logits out; between them integers alone. The last step's result is the output.
 
-    def __init__(self, steps: list[Step]) -> None:
+    image_shape: (channels, height, width) of the images that the model was prepared with. Images of another size may do
+    here; the exported ONNX file is made for this one.
+    """
+
+    def __init__(self, steps: list[Step], image_shape: tuple[int, int, int]) -> None:
         super().__init__()
+        self.image_shape = image_shape
         self.steps = steps
         self.operators = nn.ModuleList([step.operator for step in steps])
         last_use = {name: step.name for step in steps for name in step.inputs}
@@ -53,12 +58,6 @@ class IntegerModel(nn.Module):
         inputs = [results[name] for name in step.inputs] or [images]
         result: Tensor = step.operator(*inputs)
         return result
-
-    @property
-    def input_channels(self) -> int:
-        """Channels of the images that the model takes."""
-        first = next(step.operator for step in self.steps if isinstance(step.operator, IntegerLayer))
-        return first.codes.shape[1] * int(getattr(first, "groups", 1))
 
     @property
     def sum_bound(self) -> int:

@@ -160,7 +160,7 @@ def _exact(w_CNP: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
 def _rms(w_CNP: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """s = root of the mean square of the prefix, support = the prefix, the prefix by least error."""
     ordered, sums, sizes = _sorted_prefixes(w_CNP.flatten(1))
-    squares = ordered.square().cumsum(-1, dtype=torch.float64)
+    squares = ordered.double().square().cumsum(-1)
     scales = (squares / sizes).sqrt()
     # error = Σ w² − 2 s S_k + k s², and k s² = Q_k
     best = (squares - 2 * scales * sums).argmin(-1)
@@ -191,7 +191,7 @@ def _paper(w_CNP: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
 def _root_mean_squares(values: Tensor) -> Tensor:
     """sqrt of the mean square of the t largest of each row, t = 1 ... n (float64)."""
     ordered, _, sizes = _sorted_prefixes(values)
-    return (ordered.square().cumsum(-1, dtype=torch.float64) / sizes).sqrt()
+    return (ordered.double().square().cumsum(-1) / sizes).sqrt()
 
 
 def _best_own_threshold(rows: Tensor, candidates: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Files for other runtimes, written from the integer model alone."""

@@ -1,0 +1,130 @@
+"""Packed files: an integer model as safetensors, with 2-, 4- and 8-bit codes, its graph, a format version and a checksum.
+
+Everything is data: loading runs no code of the original model and needs none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+from lowprec.integer.model import IntegerModel, Step
+from lowprec.integer.operators import OPERATORS, Grid, IntegerLayer
+from lowprec.numerics.packing import pack_codes, packed_layout, unpack_codes
+
+FORMAT = "lowprec"
+VERSION = 1
+GRAPH = "graph"
+GRIDS = ("input", "output", "left", "right")
+
+
+class PackedFileError(ValueError):
+    """A file that is no packed model, is damaged, or was written by a later version; the message names it."""
+
+
+def save(model: IntegerModel, path: str | Path) -> None:
+    """Writes an integer model as one packed safetensors file: to a temporary name, synced, then renamed.
+
+    Raises:
+        TypeError: ``model`` is not an integer model.
+    """
+    if not isinstance(model, IntegerModel):
+        raise TypeError(f"save expects an integer model, from lowprec.convert(qmodel), not {type(model).__name__}")
+    path = Path(path)
+    tensors: dict[str, Tensor] = {}
+    graph: list[dict[str, Any]] = []
+    for step in model.steps:
+        entry = {"name": step.name, "kind": step.operator.KIND, "inputs": step.inputs, **step.operator.attributes()}
+        if isinstance(step.operator, IntegerLayer):
+            entry["shape"] = list(step.operator.codes.shape)
+            for name, tensor in _packed_tensors(step.operator).items():
+                tensors[f"{step.name}.{name}"] = tensor.cpu().contiguous()
+        graph.append(entry)
+    text = json.dumps({"image_shape": model.image_shape, "steps": graph}, separators=(",", ":"))
+    tensors[GRAPH] = torch.frombuffer(bytearray(zlib.compress(text.encode(), 9)), dtype=torch.uint8)
+    metadata = {"format": FORMAT, "version": str(VERSION), "checksum": _checksum(tensors)}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(serialize(tensors, metadata))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: str | Path) -> IntegerModel:
+    """The integer model in a packed file; it gives the same codes as the one that was saved.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        PackedFileError: the file is truncated, damaged, of another format, or of a later version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no packed model at {path}: lowprec.save(imodel, path) writes one")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except SafetensorError as error:
+        raise PackedFileError(
+            f"{path} is truncated or no safetensors file ({error}): copy or export it again"
+        ) from error
+    if metadata.get("format") != FORMAT or GRAPH not in tensors:
+        raise PackedFileError(f"{path} is a safetensors file, but no packed model of lowprec.save")
+    if metadata.get("version") != str(VERSION):
+        raise PackedFileError(
+            f"{path} has format version {metadata.get('version')}, this lowprec reads version {VERSION}: update lowprec"
+        )
+    if metadata.get("checksum") != _checksum(tensors):
+        raise PackedFileError(f"{path} is damaged: its checksum does not match its content. Copy or export it again")
+    content = json.loads(zlib.decompress(tensors[GRAPH].numpy().tobytes()))
+    steps = [_step(entry, tensors) for entry in content["steps"]]
+    return IntegerModel(steps, tuple(content["image_shape"])).eval()
+
+
+def _packed_tensors(layer: IntegerLayer) -> dict[str, Tensor]:
+    tensors = {"codes": pack_codes(layer.codes, layer.bits), "exponents": layer.exponents, "bias": layer.bias}
+    if layer.mantissas is not None:
+        tensors["mantissas"] = layer.mantissas
+    expected = packed_layout(layer.bits, layer.layout)
+    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} == expected
+    return tensors
+
+
+def _step(entry: dict[str, Any], tensors: dict[str, Tensor]) -> Step:
+    name, kind, inputs = (entry.pop(key) for key in ("name", "kind", "inputs"))
+    arguments = {
+        key: Grid(**value) if key in GRIDS and value is not None else _hashable(value) for key, value in entry.items()
+    }
+    if issubclass(OPERATORS[kind], IntegerLayer):
+        shape = arguments.pop("shape")
+        arguments["codes"] = unpack_codes(tensors[f"{name}.codes"], arguments["bits"], shape)
+        arguments["mantissas"] = tensors.get(f"{name}.mantissas")
+        arguments["exponents"] = tensors[f"{name}.exponents"]
+        arguments["bias"] = tensors[f"{name}.bias"]
+    return Step(name, tuple(inputs), OPERATORS[kind](**arguments))
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    """CRC-32 over names, shapes and bytes of all tensors, in the order of their names."""
+    value = 0
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        value = zlib.crc32(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode(), value)
+        value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().tobytes(), value)
+    return f"{value:08x}"

@@ -1,0 +1,193 @@
+"""The proof that what was validated is what is shipped: the codes of every tensor, in three implementations.
+
+Fake-quant model in eval mode, integer executor and ONNX Runtime run on the same images; each tensor's codes are compared
+with ``==``, the logits as 32-bit sums.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor, fx
+
+from lowprec.export.onnx import codes_name, zero_point
+from lowprec.integer.model import IntegerModel, Step
+from lowprec.integer.operators import IntegerLayer
+from lowprec.numerics.fixed_point import scale_by_power_of_two
+
+# float32 holds every integer up to here, so float32 sums of codes are exact below it.
+FLOAT32_EXACT = 1 << 24
+FAKE_QUANT, ONNX = "fake-quant", "ONNX Runtime"
+
+
+class VerificationError(AssertionError):
+    """Some codes differ; the message names the first tensor where they do."""
+
+
+@dataclass
+class TensorComparison:
+    """One tensor against the integer executor's: how many codes were compared, how many differ."""
+
+    tensor: str
+    against: str
+    compared: int = 0
+    mismatched: int = 0
+
+
+@dataclass
+class VerificationReport:
+    """What :func:`verify` found. Counts are over all tensors, images and implementations."""
+
+    images: int = 0
+    comparisons: list[TensorComparison] = field(default_factory=list)
+    fake_quant_dtype: str = "float32"
+
+    @property
+    def compared_codes(self) -> int:
+        """Codes compared with the integer executor's."""
+        return sum(comparison.compared for comparison in self.comparisons)
+
+    @property
+    def mismatched_codes(self) -> int:
+        """Codes that differ from the integer executor's."""
+        return sum(comparison.mismatched for comparison in self.comparisons)
+
+    def raise_if_different(self) -> None:
+        """Raises VerificationError if any code differs, or if nothing was compared."""
+        if not self.compared_codes:
+            raise VerificationError("nothing was compared: give verify at least one batch of images")
+        if self.mismatched_codes:
+            first = next(comparison for comparison in self.comparisons if comparison.mismatched)
+            raise VerificationError(
+                f"{self.mismatched_codes} of {self.compared_codes} codes differ; the first in {first.tensor} "
+                f"({first.against} against the integer executor: {first.mismatched} of {first.compared})"
+            )
+
+    def __str__(self) -> str:
+        width = max([len(comparison.tensor) for comparison in self.comparisons], default=6)
+        rows = [f"{'tensor':{width}}  {'against':12}  {'codes':>13}  {'differing':>10}"]
+        rows += [
+            f"{comparison.tensor:{width}}  {comparison.against:12}  {comparison.compared:>13,}  {comparison.mismatched:>10,}"
+            for comparison in self.comparisons
+        ]
+        total = f"{self.images} images, {self.compared_codes:,} codes compared, {self.mismatched_codes:,} differ"
+        return "\n".join([*rows, total])
+
+
+@torch.no_grad()
+def verify(
+    qmodel: fx.GraphModule, imodel: IntegerModel, batches: Iterable[Any], onnx: str | Path | None = None
+) -> VerificationReport:
+    """Compares the codes of every tensor on the images of ``batches``; of (images, labels) pairs the images are taken.
+
+    The fake-quant side runs in eval mode, in float32 where no sum can leave float32's exact integers, else in float64.
+    onnx: path of the file that :func:`lowprec.export_onnx` wrote; None leaves ONNX Runtime out. The report's
+    ``raise_if_different()`` is the gate.
+
+    Raises:
+        FileNotFoundError: there is no such ONNX file.
+        ValueError: the ONNX file lacks tensors of the integer model: it is another model's.
+    """
+    dtype = torch.float32 if imodel.sum_bound < FLOAT32_EXACT else torch.float64
+    reference = _FakeQuantCodes(copy.deepcopy(qmodel).cpu().eval().to(dtype))
+    session = None if onnx is None else OnnxCodes(onnx, imodel)
+    report = VerificationReport(fake_quant_dtype=str(dtype).removeprefix("torch."))
+    counts: dict[tuple[str, str], TensorComparison] = {}
+    for batch in batches:
+        images = (batch[0] if isinstance(batch, list | tuple) else batch).cpu().float()
+        expected = imodel.codes(images)
+        found = {FAKE_QUANT: reference.run(images.to(dtype), imodel)}
+        if session is not None:
+            found[ONNX] = session.run(images)
+        report.images += len(images)
+        for step in imodel.steps:
+            for against, codes in found.items():
+                comparison = counts.setdefault((step.name, against), TensorComparison(step.name, against))
+                comparison.compared += expected[step.name].numel()
+                comparison.mismatched += int((codes[step.name] != expected[step.name]).sum())
+    report.comparisons = list(counts.values())
+    return report
+
+
+class _FakeQuantCodes(fx.Interpreter):
+    """Runs a fake-quant model and keeps every module's result."""
+
+    def __init__(self, qmodel: fx.GraphModule) -> None:
+        super().__init__(qmodel)
+        self.results: dict[str, Tensor] = {}
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        result = super().call_module(target, args, kwargs)
+        self.results[str(target)] = result
+        return result
+
+    def run(self, images: Tensor, imodel: IntegerModel) -> dict[str, Tensor]:  # type: ignore[override]
+        """Codes by step name, float64: value / 2^exponent, a whole number only if the value lies on its grid."""
+        super().run(images)
+        return {
+            step.name: scale_by_power_of_two(self.results[step.name].double(), -_exponent(step))
+            for step in imodel.steps
+        }
+
+
+class OnnxCodes:
+    """An exported file in ONNX Runtime on the CPU, with every step's codes as an output beside the logits.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file lacks tensors of the model.
+    """
+
+    def __init__(self, path: str | Path, imodel: IntegerModel) -> None:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no ONNX file at {path}: lowprec.export_onnx(imodel, path) writes one")
+        proto = onnx.load(path)
+        made = {name for node in proto.graph.node for name in node.output}
+        self.steps = [step for step in imodel.steps if step.operator.output is not None]
+        self.last = imodel.steps[-1]
+        missing = [step.name for step in self.steps if codes_name(step.name) not in made]
+        if missing:
+            raise ValueError(f"{path} is not the export of this model: it has no codes of {', '.join(missing[:5])}")
+        present = {output.name for output in proto.graph.output}
+        for step in self.steps:
+            if codes_name(step.name) not in present:
+                proto.graph.output.append(
+                    onnx.helper.make_tensor_value_info(codes_name(step.name), onnx.TensorProto.UINT8, None)
+                )
+        self.session = onnx_session(proto.SerializeToString())
+
+    def run(self, images: Tensor) -> dict[str, Tensor]:
+        """Codes by step name, float64, zero points taken off; the last step's 32-bit sums if it has no grid."""
+        names = [codes_name(step.name) for step in self.steps]
+        *codes, logits = self.session.run([*names, "logits"], {"images": images.numpy()})
+        results = {
+            step.name: torch.from_numpy(array.astype(np.float64)) - zero_point(step.operator.output)  # type: ignore[arg-type]
+            for step, array in zip(self.steps, codes, strict=True)
+        }
+        # The logits as a user gets them; where they have a grid, they are its codes once more.
+        values = torch.from_numpy(logits.astype(np.float64))
+        results[self.last.name] = scale_by_power_of_two(values, -_exponent(self.last))
+        return results
+
+
+def onnx_session(model: str | bytes) -> onnxruntime.InferenceSession:
+    """A session on the CPU, for a path or a serialized model, with ONNX Runtime's default optimizations."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only: it warns of unused initializers
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def _exponent(step: Step) -> Tensor:
+    if step.operator.output is not None:
+        return torch.tensor(step.operator.output.exponent, dtype=torch.int32)
+    assert isinstance(step.operator, IntegerLayer)
+    spatial: list[int] = [1, 1] if step.operator.codes.dim() == 4 else []
+    return step.operator.sum_exponents.view(1, -1, *spatial)
