@@ -128,7 +128,9 @@ class _Walk:
             if node.op == "placeholder":
                 self.values[node] = images
             elif node.op == "call_module":
-                self.values[node] = self._visit(str(node.target), [self.values[used] for used in node.args])  # type: ignore[index]
+                # Its arguments, not all_input_nodes: that names a tensor once that is added to itself.
+                inputs = [self.values[used] for used in node.args if isinstance(used, fx.Node)]
+                self.values[node] = self._visit(str(node.target), inputs)
             for used in node.all_input_nodes:
                 if last_use[used] is node:
                     self.values.pop(used, None)

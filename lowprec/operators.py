@@ -134,7 +134,7 @@ def _recognise_module(node: fx.Node, module: nn.Module) -> Operation | None:
         )
     elif isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)):
         kind, options = "average_pool", {"keep_axes": True}
-    elif isinstance(module, FastAdaptiveAvgPool) and module.input_fmt.name == "NCHW":
+    elif isinstance(module, FastAdaptiveAvgPool) and sorted(axis % 4 for axis in module.dim) == [2, 3]:
         kind, options = "average_pool", {"keep_axes": not module.flatten}
     elif isinstance(module, nn.Flatten) and module.start_dim == 1 and module.end_dim == -1:
         kind = "flatten"
@@ -238,7 +238,7 @@ def _mean(node: fx.Node) -> Operation | None:
 
 
 def _average_pool_function(node: fx.Node) -> Operation | None:
-    return _average_pool(node, [node.all_input_nodes[0]], *node.args[1:], **node.kwargs)
+    return _average_pool(node, [node.all_input_nodes[0]], *node.args[1:], **node.kwargs)  # type: ignore[arg-type]
 
 
 def _max_pool_function(node: fx.Node) -> Operation | None:

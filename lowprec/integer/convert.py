@@ -54,7 +54,7 @@ def convert(qmodel: fx.GraphModule) -> IntegerModel:
             continue
         name = str(node.target)
         module = qmodel.get_submodule(name)
-        inputs = tuple(names[used] for used in node.args if used in names)  # type: ignore[index]
+        inputs = tuple(names[used] for used in node.args if used in names)
         if isinstance(module, nn.Dropout | nn.Dropout2d | nn.Identity) or type(module).__name__ == "DropPath":
             names[node] = inputs[0]
             continue
@@ -92,7 +92,7 @@ def _operator(module: nn.Module, inputs: list[Grid]) -> IntegerOperator:
         return IntegerReLU(inputs[0], _six(module.activation, inputs[0]))
     if isinstance(module, nn.MaxPool2d):
         geometry = (module.kernel_size, module.stride, module.padding, module.dilation)
-        return IntegerMaxPool(inputs[0], *map(_pair, geometry), ceil_mode=module.ceil_mode)  # type: ignore[misc]
+        return IntegerMaxPool(inputs[0], *map(_pair, geometry), ceil_mode=module.ceil_mode)  # type: ignore[misc, arg-type]
     if isinstance(module, nn.Flatten):
         return IntegerFlatten(inputs[0])
     raise ConversionError(f"{type(module).__name__} has no integer form")

@@ -247,9 +247,9 @@ class IntegerAveragePool(IntegerOperator):
     ) -> None:
         super().__init__(output)
         self.input = input
-        self.kernel_size = None if kernel_size is None else tuple(kernel_size)
-        self.stride = None if stride is None else tuple(stride)
-        self.padding = tuple(padding)
+        self.kernel_size = kernel_size
+        self.stride = stride
+        self.padding = padding
         self.ceil_mode = ceil_mode
         self.count_include_pad = count_include_pad
         self.keep_axes = keep_axes

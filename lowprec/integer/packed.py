@@ -104,7 +104,7 @@ def _packed_tensors(layer: IntegerLayer) -> dict[str, Tensor]:
 
 def _step(entry: dict[str, Any], tensors: dict[str, Tensor]) -> Step:
     name, kind, inputs = (entry.pop(key) for key in ("name", "kind", "inputs"))
-    arguments = {
+    arguments: dict[str, Any] = {
         key: Grid(**value) if key in GRIDS and value is not None else _hashable(value) for key, value in entry.items()
     }
     if issubclass(OPERATORS[kind], IntegerLayer):
