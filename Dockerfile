@@ -1,0 +1,23 @@
+# lowprec with Debian's Fashion-MNIST: `docker run IMAGE` does the default run, `docker run IMAGE python train.py ...` another.
+FROM debian:bookworm-slim
+
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends ca-certificates dataset-fashion-mnist python3 python3-venv \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --create-home lowprec \
+    && install -d -o lowprec -g lowprec /app
+
+USER lowprec
+WORKDIR /app
+ENV PATH=/home/lowprec/venv/bin:$PATH
+
+# What the project needs changes less often than its code: a layer of its own.
+COPY --chown=lowprec pyproject.toml README.md ./
+RUN mkdir lowprec && touch lowprec/__init__.py \
+    && python3 -m venv /home/lowprec/venv \
+    && pip install --no-cache-dir -e .
+
+COPY --chown=lowprec . .
+
+VOLUME /app/runs
+CMD ["python", "train.py"]
