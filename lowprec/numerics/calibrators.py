@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import ceil
+
 import torch
 from torch import Tensor
 
@@ -18,8 +20,8 @@ EXPONENT_OF_ZERO = -7
 def choose_exponent(tensors: list[Tensor], codes: CodeRange, calibrator: str, percentile: float) -> int:
     """The exponent of a tensor of which ``tensors`` are samples (any shapes, finite), whose codes lie in ``codes``.
 
-    calibrator: `max` – the smallest exponent at which nothing is clipped; `percentile` – at which that share (%) of
-    magnitudes is not clipped; `mse` – the power of two that minimises the squared error, clipping included.
+    calibrator: `max` – the smallest exponent at which the largest magnitude is not clipped at ``codes.high``;
+    `percentile` – at which at least that share (%) of magnitudes is not (as `max` where that share is all zeros); `mse` – the power of two that minimises the squared error, clipping included.
 
     Raises:
         ValueError: a value is infinite or NaN.
@@ -34,8 +36,10 @@ def choose_exponent(tensors: list[Tensor], codes: CodeRange, calibrator: str, pe
         return fitting
     values = _sample(tensors)
     if calibrator == "percentile":
-        rank = max(1, round(values.numel() * percentile / 100))
-        return int(exponent_for(values.abs().kthvalue(rank).values, codes.high))
+        # At least that share; the tolerance takes back what the product's own rounding adds.
+        rank = min(max(1, ceil(values.numel() * percentile / 100 - 1e-6)), values.numel())
+        kept = values.abs().kthvalue(rank).values
+        return int(exponent_for(kept, codes.high)) if kept > 0 else fitting
     candidates = torch.arange(fitting, fitting - CANDIDATES, -1, dtype=torch.int32, device=values.device)
     errors = [
         (dequantize(quantize(values, exponent, codes), exponent) - values).square().sum(dtype=torch.float64)
@@ -45,5 +49,5 @@ def choose_exponent(tensors: list[Tensor], codes: CodeRange, calibrator: str, pe
 
 
 def _sample(tensors: list[Tensor]) -> Tensor:
-    step = max(1, sum(tensor.numel() for tensor in tensors) // SAMPLES)
+    step = max(1, ceil(sum(tensor.numel() for tensor in tensors) / SAMPLES))
     return torch.cat([tensor.detach().reshape(-1)[::step].float() for tensor in tensors])

@@ -1,0 +1,60 @@
+"""Straight-through estimators: forward and gradient."""
+
+import pytest
+import torch
+
+from lowprec.numerics.fixed_point import SIGNED_8_BIT, UNSIGNED_8_BIT, CodeRange
+from lowprec.numerics.straight_through import straight_through_activation, straight_through_weight
+
+
+def test_weight_forward_is_the_quantized_one_and_the_gradient_unclipped() -> None:
+    weight = torch.tensor([-100.0, -0.1, 0.0, 0.7, 1e6], requires_grad=True)
+    quantized = torch.tensor([-1.0, 0.0, 0.0, 1.0, 1.0], requires_grad=True)
+    result = straight_through_weight(weight, quantized)
+    assert torch.equal(result, quantized)
+    upstream = torch.tensor([1.0, -2.0, 3.0, -4.0, 5.0])
+    result.backward(upstream)
+    assert torch.equal(weight.grad, upstream)
+    assert quantized.grad is None
+
+
+@pytest.mark.parametrize("codes", [UNSIGNED_8_BIT, SIGNED_8_BIT])
+@pytest.mark.parametrize("exponent", [-9, 0, 4])
+def test_activation_forward_and_gradient(codes: CodeRange, exponent: int) -> None:
+    scale = torch.tensor(2.0**exponent)
+    unscaled = torch.arange(-600, 1200, dtype=torch.float32) / 4  # quarters: ties and both sides of the range
+    values = (unscaled * scale).requires_grad_()
+    result = straight_through_activation(values, scale, codes)
+    expected = [min(max(round(value), codes.low), codes.high) * 2.0**exponent for value in unscaled.tolist()]
+    assert result.tolist() == expected
+    upstream = torch.arange(1.0, values.numel() + 1)
+    result.backward(upstream)
+    inside = torch.tensor([codes.low <= round(value) <= codes.high for value in unscaled.tolist()])
+    assert torch.equal(values.grad, upstream * inside)
+
+
+@pytest.mark.parametrize("codes", [UNSIGNED_8_BIT, SIGNED_8_BIT])
+@pytest.mark.parametrize("exponent", [-40, -7, 0, 13])
+def test_bfloat16_holds_every_code_exactly(codes: CodeRange, exponent: int) -> None:
+    scale = torch.tensor(2.0**exponent)
+    grid = torch.arange(codes.low, codes.high + 1).float() * scale
+    result = straight_through_activation(grid.bfloat16(), scale, codes)
+    assert result.dtype == torch.bfloat16
+    assert torch.equal(result.float(), straight_through_activation(grid, scale, codes))
+    assert torch.equal(result.float(), grid)
+
+
+def test_bfloat16_rounds_as_float32_does() -> None:
+    values = torch.randn(10_000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    scale = torch.tensor(2.0**-6)
+    low = straight_through_activation(values, scale, SIGNED_8_BIT)
+    assert torch.equal(low.float(), straight_through_activation(values.float(), scale, SIGNED_8_BIT))
+
+
+def test_float16_is_computed_in_float32() -> None:
+    values = torch.tensor([0.0, 3.0, 60000.0], dtype=torch.float16, requires_grad=True)
+    result = straight_through_activation(values, torch.tensor(2.0**10), SIGNED_8_BIT)
+    assert result.tolist() == [0.0, 0.0, 59 * 1024.0]
+    result.sum().backward()
+    assert values.grad.dtype == torch.float16
+    assert values.grad.tolist() == [1.0, 1.0, 1.0]
