@@ -52,27 +52,19 @@ def execute(composed: DictConfig, choices: Mapping[str, Any], overrides: Iterabl
     except ConfigError as error:
         _complain(error)
         return WRONG_CONFIGURATION
+    return run_to_exit_code(config)
+
+
+def run_to_exit_code(config: RunConfig) -> int:
+    """Runs a checked configuration; returns the exit code, and leaves the process with 130 at Ctrl-C."""
     try:
         directory = RunDirectory(config)
+        # Before torch is imported too: a finished run answers at once.
         if config.task == "train" and directory.finished and not config.fresh:
             return _show_finished(directory)
     except ConfigError as error:
         _complain(error)
         return WRONG_CONFIGURATION
-    return run_to_exit_code(config)
-
-
-def _show_finished(directory: RunDirectory) -> int:
-    directory.check_configuration()
-    summary = directory.summary()
-    console = create_console()
-    console.print(summary_table(summary))
-    console.print(f"the run {directory.path} is finished; fresh=true starts it afresh, run_id=NAME makes another one")
-    return FAILED if summary["verify"]["mismatched_codes"] else 0
-
-
-def run_to_exit_code(config: RunConfig) -> int:
-    """Runs a checked configuration; returns the exit code, and leaves the process with 130 at Ctrl-C."""
     # Here, not above: torch takes seconds to import, and a mistake in the configuration should not have to wait for it.
     from filelock import Timeout
 
@@ -103,6 +95,15 @@ def run_to_exit_code(config: RunConfig) -> int:
         print(f"\nstopped; the same command goes on with the run {config.runs_dir}/{config.run_id}", file=sys.stderr)
         sys.exit(INTERRUPTED)  # also ends a sweep
     return 0
+
+
+def _show_finished(directory: RunDirectory) -> int:
+    directory.check_configuration()
+    summary = directory.summary()
+    console = create_console()
+    console.print(summary_table(summary))
+    console.print(f"the run {directory.path} is finished; fresh=true starts it afresh, run_id=NAME makes another one")
+    return FAILED if summary["verify"]["mismatched_codes"] else 0
 
 
 def _complain(error: Exception) -> None:

@@ -97,18 +97,19 @@ def _wandb_logger(config: LoggerConfig, folder: Path, run_name: str, content: di
     import wandb
 
     offline = config.mode == "offline" or (config.mode == "auto" and not has_wandb_key())
-    return WandbLogger(
+    run = wandb.init(
         name=run_name,
         id=run_name,
         project=config.project,
         entity=config.entity,
         tags=config.tags,
-        save_dir=folder,
-        offline=offline,
+        dir=folder,
+        mode="offline" if offline else "online",
         resume="allow",
         config=content,
         settings=wandb.Settings(silent=True, console="off"),
     )
+    return WandbLogger(experiment=run)
 
 
 def has_wandb_key() -> bool:

@@ -1,0 +1,342 @@
+"""A whole run: its files, its figures, and that it goes on where it was cut off."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import struct
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import FinishedRun, compose, start_train
+
+from lowprec.command_line import run_to_exit_code
+from lowprec.config import ConfigError
+from lowprec.data import DataError
+from lowprec.models import create_model, save_checkpoint
+from lowprec.run import run
+from lowprec.run_directory import RunDirectory, RunInUseError
+from lowprec.tasks import finished_run
+
+
+def without_seconds(summary: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in summary.items() if key != "seconds"}
+
+
+def first_process_that(says: str, *overrides: str, cwd: Path) -> subprocess.Popen[str]:
+    """A started train.py that has just printed a line with these words."""
+    process = start_train(*overrides, cwd=cwd)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if says in line:
+            return process
+    raise AssertionError(f"train.py never said {says!r}: {process.stderr and process.stderr.read()}")
+
+
+def test_the_summary_holds_exactly_what_was_agreed(digits_run: FinishedRun) -> None:
+    summary = digits_run.summary
+    assert {key: list(value) if isinstance(value, dict) else value for key, value in summary.items()} == {
+        "experiment": "digits_smoke",
+        "model": "cifar_resnet8",
+        "data": "digits",
+        "recipe": "w2a8_n4",
+        "full_precision": ["top1"],
+        "post_training": ["top1"],
+        "fine_tuned": ["top1", "epochs"],
+        "integer": ["top1"],
+        "onnx": ["top1"],
+        "verify": ["images", "compared_codes", "mismatched_codes"],
+        "cost": ["macs", "multiplications_replaced", "weight_bits", "fp32_bytes", "packed_bytes", "integer_mac_share"],
+        "seconds": ["prepare", "calibrate", "fine_tune", "export"],
+    }
+
+
+def test_what_was_validated_is_what_is_shipped(digits_run: FinishedRun) -> None:
+    summary = digits_run.summary
+    assert summary["verify"]["mismatched_codes"] == 0
+    assert summary["verify"]["images"] == 359
+    assert summary["integer"]["top1"] == summary["onnx"]["top1"] == summary["fine_tuned"]["top1"]
+    assert summary["full_precision"]["top1"] > 0.95
+    assert summary["fine_tuned"]["top1"] > summary["full_precision"]["top1"] - 0.03
+    packed = (digits_run.directory / "model.safetensors").stat().st_size
+    assert packed == pytest.approx(summary["cost"]["packed_bytes"], rel=0.03)
+
+
+def test_the_files_of_a_run(digits_run: FinishedRun) -> None:
+    found = {path.name for path in digits_run.directory.iterdir() if not path.name.startswith(".")}
+    assert found == {
+        *("config.yaml", "run.json", "summary.json", "metrics.csv"),
+        *("checkpoints", "model.safetensors", "model.onnx", "wandb"),
+    }
+    checkpoints = {path.name for path in (digits_run.directory / "checkpoints").iterdir()}
+    assert checkpoints == {"best.safetensors", "last.ckpt", "post_training.safetensors"}
+    # Nothing of Hydra's, nothing half-written, and the baseline's own checkpoints are gone.
+    assert {path.name for path in digits_run.runs_dir.iterdir()} == {"baselines", "digits_smoke"}
+    baselines = digits_run.runs_dir / "baselines"
+    assert sorted(path.suffix for path in baselines.iterdir()) == [".lock", ".safetensors"]
+
+
+def test_the_config_and_the_commit_are_kept(digits_run: FinishedRun) -> None:
+    config = yaml.safe_load((digits_run.directory / "config.yaml").read_text())
+    assert config["experiment"] == "digits_smoke"
+    assert config["quant"]["weights"]["cluster_size"] == 4
+    state = json.loads((digits_run.directory / "run.json").read_text())
+    commit = state["git"]["commit"]
+    assert commit is None or len(commit) == 40
+
+
+def test_the_output_is_a_story_and_one_table(digits_run: FinishedRun) -> None:
+    lines = digits_run.output.splitlines()
+    assert len([line for line in lines if line.startswith("full precision  epoch")]) == 12
+    assert len([line for line in lines if line.startswith("fine-tuning  epoch")]) == 6
+    for words in ("full precision", "post-training", "fine-tuned", "integer", "ONNX Runtime", "differing codes"):
+        assert [cells[1].strip() for line in lines if len(cells := line.split("│")) > 3].count(words) == 1
+    assert "\x1b" not in digits_run.output
+    assert digits_run.errors == ""
+
+
+def test_metrics_are_logged_by_group(digits_run: FinishedRun) -> None:
+    header, *rows = (digits_run.directory / "metrics.csv").read_text().splitlines()
+    columns = header.split(",")
+    assert len(rows) == 6
+    assert {"train/loss", "train/top1", "val/loss", "val/top1"} <= set(columns)
+    layers = {column.removeprefix("sparsity/") for column in columns if column.startswith("sparsity/")}
+    assert len(layers) == 10
+    assert layers == {column.removeprefix("flips/") for column in columns if column.startswith("flips/")}
+
+
+def records_of(file: bytes) -> Iterator[bytes]:
+    """The records of a .wandb file, which has LevelDB's log format: blocks of 32 KiB, records split over them."""
+    place, record = 7, b""
+    while place + 7 <= len(file):
+        left = 32_768 - place % 32_768
+        if left < 7:  # too little for a header: the block is padded
+            place += left
+            continue
+        length, kind = struct.unpack("<HB", file[place + 4 : place + 7])
+        record += file[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield record
+            record = b""
+
+
+def test_wandb_is_offline_without_a_key_and_holds_the_summary(digits_run: FinishedRun) -> None:
+    from wandb.proto import wandb_internal_pb2
+
+    (folder,) = (digits_run.directory / "wandb").glob("offline-run-*-digits_smoke")
+    assert json.loads((folder / "files" / "summary.json").read_text()) == digits_run.summary
+    summary: dict[str, Any] = {}
+    config: dict[str, Any] = {}
+    for content in records_of((folder / "run-digits_smoke.wandb").read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(content)
+        for update in record.summary.update:
+            summary["/".join(update.nested_key) or update.key] = json.loads(update.value_json)
+        for update in (*record.run.config.update, *record.config.update):
+            config[update.key] = json.loads(update.value_json)
+    assert summary["integer/top1"] == digits_run.summary["integer"]["top1"]
+    assert summary["verify/mismatched_codes"] == 0
+    assert config["quant"]["name"] == "w2a8_n4"
+    assert "commit" in config["git"]
+
+
+def test_the_same_seed_gives_the_same_summary(digits_run: FinishedRun, tmp_path: Path) -> None:
+    again = run(compose("experiment=digits_smoke", f"runs_dir={tmp_path}", "logger=none", "trainer.progress=none"))
+    assert without_seconds(again) == without_seconds(digits_run.summary)
+    assert not (tmp_path / "digits_smoke" / "metrics.csv").exists()
+
+
+def test_a_run_that_was_killed_and_stopped_ends_like_an_undisturbed_one(
+    digits_run: FinishedRun, tmp_path: Path
+) -> None:
+    overrides = ("experiment=digits_smoke", f"runs_dir={tmp_path}")
+    killed = first_process_that("full precision  epoch 4/12", *overrides, cwd=tmp_path)
+    killed.kill()
+    killed.communicate()
+    stopped = first_process_that("fine-tuning  epoch 2/6", *overrides, cwd=tmp_path)
+    stopped.send_signal(signal.SIGINT)
+    _, errors = stopped.communicate(timeout=60)
+    assert stopped.returncode == 130
+    assert "Traceback" not in errors
+    assert "the same command goes on with the run" in errors
+    with pytest.raises(ConfigError, match="is not finished"):
+        finished_run(compose(*overrides, "task=verify"))
+    last = start_train(*overrides, cwd=tmp_path)
+    output, errors = last.communicate(timeout=120)
+    assert last.returncode == 0, errors
+    # What was done was not done again.
+    assert "full precision  epoch" not in output
+    assert "fine-tuning  epoch 1/6" not in output
+    assert "calibrate" not in output
+    summary = json.loads((tmp_path / "digits_smoke" / "summary.json").read_text())
+    assert without_seconds(summary) == without_seconds(digits_run.summary)
+    rows = (tmp_path / "digits_smoke" / "metrics.csv").read_text().splitlines()[1:]
+    assert len(rows) == 6
+
+
+def test_a_finished_run_prints_its_table_and_how_to_start_afresh(
+    digits_run: FinishedRun, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in digits_run.directory.rglob("*")}
+    process = start_train("experiment=digits_smoke", f"runs_dir={digits_run.runs_dir}", cwd=digits_run.runs_dir)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "differing codes" in output
+    assert "fresh=true starts it afresh, run_id=NAME makes another one" in output
+    assert {path: path.stat().st_mtime_ns for path in digits_run.directory.rglob("*")} == before
+    config = compose("experiment=digits_smoke", f"runs_dir={digits_run.runs_dir}")
+    assert run(config) == digits_run.summary
+
+
+def test_fresh_starts_afresh_with_the_baseline_kept(copied_digits_run: Callable[[], Path]) -> None:
+    runs = copied_digits_run()
+    (runs / "digits_smoke" / "mark").touch()
+    config = compose("experiment=digits_smoke", f"runs_dir={runs}", "fresh=true", "logger=none")
+    directory = RunDirectory(config)
+    directory.open()
+    assert not directory.finished
+    assert directory.unique_name == "digits_smoke-2"
+    assert sorted(path.name for path in directory.path.iterdir()) == [".lock", "checkpoints", "config.yaml", "run.json"]
+    assert list((runs / "baselines").glob("*.safetensors"))
+    directory.close()
+
+
+def test_post_training_alone_leaves_null_for_what_was_not_done(copied_digits_run: Callable[[], Path]) -> None:
+    runs = copied_digits_run()
+    overrides = ("experiment=digits_smoke", "trainer.max_epochs=0", f"runs_dir={runs}", "logger=none")
+    summary = run(compose(*overrides))
+    assert summary["fine_tuned"] is None
+    assert summary["integer"] == summary["onnx"] == summary["post_training"]
+    assert summary["verify"]["mismatched_codes"] == 0
+    assert (runs / "digits_smoke-trainer.max_epochs_0" / "summary.json").is_file()
+    assert run(compose(*overrides, "task=verify"))["mismatched_codes"] == 0
+
+
+def test_another_configuration_in_the_same_folder_is_refused(
+    digits_run: FinishedRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = compose(
+        "experiment=digits_smoke", f"runs_dir={digits_run.runs_dir}", "run_id=digits_smoke", "optim.learning_rate=0.5"
+    )
+    assert run_to_exit_code(config) == 2
+    message = capsys.readouterr().err
+    assert "optim.learning_rate=0.03, and this one has optim.learning_rate=0.5" in message
+    assert "run_id=NAME" in message
+
+
+def test_two_processes_cannot_work_on_one_run(copied_digits_run: Callable[[], Path]) -> None:
+    config = compose("experiment=digits_smoke", f"runs_dir={copied_digits_run()}")
+    first = RunDirectory(config)
+    first.open()
+    with pytest.raises(RunInUseError, match="another process"):
+        RunDirectory(config).open()
+    first.close()
+
+
+@pytest.mark.parametrize("name", [("experiment=digits_smoke",), ("run_id=digits_smoke",)])
+def test_tasks_find_a_finished_run(
+    name: tuple[str], copied_digits_run: Callable[[], Path], digits_run: FinishedRun
+) -> None:
+    runs = copied_digits_run()
+    overrides = (*name, f"runs_dir={runs}")
+    evaluated = run(compose(*overrides, "task=evaluate"))
+    assert evaluated == {key: digits_run.summary[key] for key in ("integer", "onnx")}
+    verified = run(compose(*overrides, "task=verify"))
+    assert verified == digits_run.summary["verify"]
+    exported = runs / "digits_smoke" / "model.onnx"
+    content = exported.read_bytes()
+    exported.unlink()
+    run(compose(*overrides, "task=export"))
+    assert exported.read_bytes() == content
+
+
+@pytest.mark.parametrize("task", ["evaluate", "verify", "export"])
+def test_a_task_without_a_run_is_one_clear_error(
+    task: str, digits_run: FinishedRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = compose(f"runs_dir={digits_run.runs_dir}", f"task={task}", "run_id=nothing")
+    assert run_to_exit_code(config) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: there is no run in")
+    assert "runs there: digits_smoke" in message
+    assert not (digits_run.runs_dir / "nothing").exists()
+
+
+def test_a_changed_file_does_not_pass_verification(
+    copied_digits_run: Callable[[], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = copied_digits_run()
+    checkpoints = runs / "digits_smoke" / "checkpoints"
+    shutil.copy(checkpoints / "post_training.safetensors", checkpoints / "best.safetensors")
+    assert run_to_exit_code(compose("experiment=digits_smoke", f"runs_dir={runs}", "task=verify")) == 1
+    captured = capsys.readouterr()
+    assert "codes differ" in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_differing_codes_fail_the_run_after_its_table_and_summary(
+    copied_digits_run: Callable[[], Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lowprec.run as stages
+
+    def report_of(*arguments: Any, **keywords: Any) -> Any:
+        report = honest(*arguments, **keywords)
+        report.comparisons[0].mismatched = 7
+        return report
+
+    honest = stages.verify
+    monkeypatch.setattr(stages, "verify", report_of)
+    runs = copied_digits_run()
+    overrides = ("experiment=digits_smoke", f"runs_dir={runs}", "logger=none", "trainer.max_epochs=0")
+    assert run_to_exit_code(compose(*overrides)) == 1
+    captured = capsys.readouterr()
+    assert "differing codes" in captured.out
+    assert "7 codes differ" in captured.err
+    summary = json.loads((runs / "digits_smoke-trainer.max_epochs_0" / "summary.json").read_text())
+    assert summary["verify"]["mismatched_codes"] == 7
+    # And a finished run that failed goes on failing.
+    assert run_to_exit_code(compose(*overrides)) == 1
+
+
+def test_a_checkpoint_of_ones_own_is_where_a_run_starts(tmp_path: Path) -> None:
+    model = create_model("cifar_resnet8", in_channels=1, num_classes=10, width=8)
+    save_checkpoint(model, tmp_path / "mine.safetensors", {})
+    overrides = ("experiment=digits_smoke", f"runs_dir={tmp_path}", "logger=none", "trainer.max_epochs=0")
+    summary = run(compose(*overrides, f"model.checkpoint={tmp_path}/mine.safetensors"))
+    assert summary["full_precision"]["top1"] < 0.5
+    assert not (tmp_path / "baselines").exists()
+    config = compose(*overrides, "model.checkpoint=nowhere.pt")
+    assert run_to_exit_code(config) == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "code", "words"),
+    [
+        (["model.name=resnet_fifty"], 2, "unknown model"),
+        (["+model.arguments.depth=9"], 2, "depth"),
+        (["data.num_classes=7"], 2, "data.num_classes=7: the data set digits has 10"),
+        (["data=imagenet", "data.root=/nowhere", "model=resnet50"], 1, "/nowhere"),
+        (["quant.rules=[{pattern: 'layer9.*', bits: 4}]", "baseline.max_epochs=2"], 2, "layer9"),
+    ],
+)
+def test_what_is_found_wrong_later_is_one_message_too(
+    overrides: list[str], code: int, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = compose("experiment=digits_smoke", f"runs_dir={tmp_path}", *overrides)
+    assert run_to_exit_code(config) == code
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert words in message
+    assert "Traceback" not in message
+
+
+def test_data_errors_are_not_hidden_from_those_who_call_run(tmp_path: Path) -> None:
+    config = compose(f"runs_dir={tmp_path}", "data=image_folder", "data.root=/nowhere", "model=resnet18")
+    with pytest.raises(DataError, match="/nowhere"):
+        run(config)
