@@ -45,8 +45,11 @@ def calibrate(qmodel: fx.GraphModule, batches: Iterable[Any], batch_norm_correct
         ValueError: no images; values that are infinite or NaN (the tensor is named); or a model calibrated already whose
             batch norms would be corrected twice.
     """
+    if isinstance(batches, Tensor):
+        raise TypeError("calibrate expects an iterable of batches [B, C, H, W]: give [images] for a single one")
     images = [batch[0] if isinstance(batch, list | tuple) else batch for batch in batches]
-    if not images or not any(len(batch) for batch in images):
+    images = [batch for batch in images if len(batch)]
+    if not images:
         raise ValueError("calibrate got no images: give at least one batch [B, C, H, W]")
     if "recipe" not in qmodel.meta:
         raise ValueError("calibrate expects a model made by lowprec.prepare(model, recipe, example_inputs)")

@@ -61,7 +61,7 @@ def plan(traced: fx.GraphModule) -> list[Operation]:
         if node in absorbed or node.op in ("output", "get_attr") or not node.users:
             continue
         operation = _recognise(node, modules)
-        if operation is None:
+        if operation is None or not _takes_tensors(operation):
             if not _is_shape_arithmetic(node):
                 unsupported.append(describe(node, modules))
             continue
@@ -70,6 +70,9 @@ def plan(traced: fx.GraphModule) -> list[Operation]:
         if operation.kind in ("convolution", "linear", "add", "relu"):
             _absorb(operation, modules)
             absorbed.update(operation.absorbed)
+            for follower in operation.absorbed:
+                if _is_norm(modules.get(str(follower.target))):
+                    called[str(follower.target)] = called.get(str(follower.target), 0) + 1
         operations.append(operation)
     unsupported += [f"{name}, called {times} times" for name, times in called.items() if times > 1]
     unsupported += _unsupported_inputs_and_outputs(traced)
@@ -104,13 +107,21 @@ def _recognise(node: fx.Node, modules: dict[str, nn.Module]) -> Operation | None
         return Operation("add", node, tensors)
     activation = _function_activation(node)
     if activation:
-        return Operation("relu", node, tensors[:1], activation=activation)
+        return Operation("relu", node, node.all_input_nodes[:1], activation=activation)
     recognise = _FUNCTIONS.get(node.target)
     return recognise(node) if recognise else None
 
 
+def _takes_tensors(operation: Operation) -> bool:
+    """Whether all inputs are tensors of the network: not parameters, not numbers taken from shapes."""
+    inputs = operation.inputs
+    return (bool(inputs) or operation.kind == "input") and not any(
+        node.op == "get_attr" or _is_shape_arithmetic(node) for node in inputs
+    )
+
+
 def _recognise_module(node: fx.Node, module: nn.Module) -> Operation | None:
-    inputs = [node.args[0]] if node.args and isinstance(node.args[0], fx.Node) else []
+    inputs = node.all_input_nodes[:1]
     kind: str | None = None
     options: dict[str, Any] = {}
     if type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str):
@@ -206,6 +217,8 @@ def _average_pool(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> Operation | None:
+    if any(isinstance(value, fx.Node) for value in (kernel_size, stride, padding)):
+        return None
     padding = _pair(padding)
     # Windows that hang over padding which counts are clipped by rules of their own: not worth an integer form.
     if divisor_override is not None or (ceil_mode and count_include_pad and any(padding)):
@@ -238,7 +251,8 @@ def _mean(node: fx.Node) -> Operation | None:
 
 
 def _average_pool_function(node: fx.Node) -> Operation | None:
-    return _average_pool(node, [node.all_input_nodes[0]], *node.args[1:], **node.kwargs)  # type: ignore[arg-type]
+    options: dict[str, Any] = {key: value for key, value in node.kwargs.items() if key != "input"}
+    return _average_pool(node, [node.all_input_nodes[0]], *node.args[1:], **options)  # type: ignore[arg-type]
 
 
 def _max_pool_function(node: fx.Node) -> Operation | None:
@@ -257,13 +271,25 @@ def _flatten(node: fx.Node) -> Operation | None:
 
 
 def _view(node: fx.Node) -> Operation | None:
-    shape = node.args[1] if isinstance(node.args[1], list | tuple) else node.args[1:]
-    keeps_batch = isinstance(shape[0], fx.Node) and _is_shape_arithmetic(shape[0])
-    return Operation("flatten", node, [node.all_input_nodes[0]]) if keeps_batch and tuple(shape[1:]) == (-1,) else None
+    shape = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], list | tuple) else node.args[1:]
+    same = len(shape) == 2 and _is_batch_size(shape[0]) and shape[1] == -1
+    return Operation("flatten", node, [node.all_input_nodes[0]]) if same else None
 
 
-def _functional_dropout(node: fx.Node) -> Operation:
-    return Operation("dropout", node, [node.all_input_nodes[0]])
+def _is_batch_size(value: Any) -> bool:
+    """x.size(0), x.size()[0] or x.shape[0]."""
+    if not isinstance(value, fx.Node) or not _is_shape_arithmetic(value):
+        return False
+    return tuple(value.args[1:]) == (0,)
+
+
+def _functional_dropout(node: fx.Node) -> Operation | None:
+    """One that does nothing: it drops nothing, or was traced with training=False."""
+    share, training = (
+        node.args[index] if len(node.args) > index else node.kwargs.get(key, default)
+        for index, key, default in ((1, "p", 0.5), (2, "training", True))
+    )
+    return Operation("dropout", node, [node.all_input_nodes[0]]) if share == 0 or not training else None
 
 
 def _is_shape_arithmetic(node: fx.Node) -> bool:

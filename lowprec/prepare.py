@@ -21,6 +21,7 @@ from lowprec.layers import (
     QuantizedReLU,
     quantized_layers,
 )
+from lowprec.numerics.solvers import check_finite
 from lowprec.operators import Operation, plan
 from lowprec.recipe import LayerAssignment, LayerTraits, Recipe, WeightScheme
 from lowprec.tracing import TracingError, check_same_function, module_path, trace
@@ -58,6 +59,9 @@ def prepare(model: nn.Module, recipe: Recipe | str | Path, example_inputs: Tenso
         raise ValueError(f"example_inputs must have the shape [B, C, H, W], not {list(example_inputs.shape)}")
     if any(isinstance(module, ActivationQuantizer) for module in model.modules()):
         raise ValueError("the model is prepared already: prepare the full-precision model")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point():
+            check_finite(tensor, name)
     original, model = model, copy.deepcopy(model)
     traced = trace(model)
     check_same_function(model, traced, example_inputs)
@@ -93,6 +97,18 @@ def full_precision(qmodel: nn.Module) -> Iterator[None]:
     finally:
         for module in switched:
             module.quantizing = True  # type: ignore[assignment]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within it, the model is in eval mode; after it, each of its modules in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _traits(operations: list[Operation], traced: fx.GraphModule) -> list[LayerTraits]:
@@ -186,7 +202,11 @@ class _Builder:
         self._replace(operation, self._free_name(operation, "flatten"), nn.Flatten(), self._source(operation))
 
     def _build_dropout(self, operation: Operation) -> None:
-        self.source[operation.node] = self._source(operation)
+        if operation.node.op == "call_module":
+            self.source[operation.node] = self._source(operation)
+            return
+        operation.node.replace_all_uses_with(_inputs(operation)[0])
+        self.graph.erase_node(operation.node)
 
     def _source(self, operation: Operation) -> ActivationQuantizer:
         return self.source[_inputs(operation)[0]]
@@ -249,11 +269,8 @@ def _plain_norm(norm: nn.BatchNorm2d | None) -> nn.BatchNorm2d | None:
 def _check_rewritten(original: nn.Module, qmodel: fx.GraphModule, example_inputs: Tensor) -> None:
     if example_inputs.is_meta:
         return
-    was_training = original.training
-    with full_precision(qmodel), torch.no_grad():
-        expected, found = original.eval()(example_inputs), qmodel.eval()(example_inputs)
-    original.train(was_training)
-    qmodel.train(was_training)
+    with full_precision(qmodel), evaluating(original), evaluating(qmodel), torch.no_grad():
+        expected, found = original(example_inputs), qmodel(example_inputs)
     error = (expected - found).abs().max() / expected.abs().max().clamp(min=1e-30)
     if not error <= REWRITE_TOLERANCE:
         layers = ", ".join(name for name, _ in quantized_layers(qmodel))

@@ -122,7 +122,10 @@ class Recipe:
             raise RecipeError(
                 f"no recipe {str(name_or_path)!r}: give the path of a YAML file or one of {', '.join(Recipe.names())}"
             )
-        content = yaml.safe_load(path.read_text())
+        try:
+            content = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{path} is no YAML: {error}") from error
         if not isinstance(content, dict):
             raise RecipeError(f"{path}: a recipe is a mapping with the keys {_keys(Recipe)}")
         return Recipe.from_dict(content)
@@ -134,6 +137,9 @@ class Recipe:
         Raises:
             RecipeError: an unknown key or an impossible value, named.
         """
+        rules = content.get("rules") or []
+        if not isinstance(rules, list):
+            raise RecipeError(f"quant.rules={rules!r}: expected a list of mappings with the keys {_keys(Rule)}")
         recipe = Recipe(
             **{
                 **_checked(Recipe, content, "quant"),
@@ -141,10 +147,7 @@ class Recipe:
                 "activations": ActivationScheme(
                     **_checked(ActivationScheme, content.get("activations") or {}, "quant.activations")
                 ),
-                "rules": [
-                    Rule(**_checked(Rule, rule, f"quant.rules[{index}]"))
-                    for index, rule in enumerate(content.get("rules") or [])
-                ],
+                "rules": [Rule(**_checked(Rule, rule, f"quant.rules[{index}]")) for index, rule in enumerate(rules)],
             }
         )
         recipe.validate()
@@ -159,7 +162,11 @@ class Recipe:
         check_weight_scheme(self.weights, "quant.weights")
         for index, rule in enumerate(self.rules):
             key = f"quant.rules[{index}]"
-            if not rule.pattern or (rule.pattern.startswith("@") and rule.pattern[1:] not in ROLES):
+            if (
+                not isinstance(rule.pattern, str)
+                or not rule.pattern
+                or (rule.pattern.startswith("@") and rule.pattern[1:] not in ROLES)
+            ):
                 roles = ", ".join("@" + role for role in ROLES)
                 raise RecipeError(
                     f"{key}.pattern={rule.pattern!r}: give a layer name with wildcards, or one of {roles}"
@@ -169,10 +176,9 @@ class Recipe:
             _check_scheme(rule.changes(), key)
         _check_choice("quant.activations.bits", self.activations.bits, ACTIVATION_BITS)
         _check_choice("quant.activations.calibrator", self.activations.calibrator, CALIBRATORS)
-        if not 50.0 < self.activations.percentile <= 100.0:
-            raise RecipeError(
-                f"quant.activations.percentile={self.activations.percentile}: give a number above 50, at most 100"
-            )
+        percentile = self.activations.percentile
+        if not isinstance(percentile, int | float) or not 50.0 < percentile <= 100.0:
+            raise RecipeError(f"quant.activations.percentile={percentile!r}: give a number above 50, at most 100")
 
     def assign(self, layers: Iterable[LayerTraits]) -> list[LayerAssignment]:
         """Applies the rules, in order, to all layers.
@@ -226,7 +232,7 @@ def _checked(kind: type, content: Any, key: str) -> dict[str, Any]:
 
 
 def _check_choice(key: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices or isinstance(value, bool):
+    if value not in choices or type(value) is not type(choices[0]):
         raise RecipeError(f"{key}={value!r}: choose one of {', '.join(map(str, choices))}")
 
 

@@ -21,7 +21,8 @@ def choose_exponent(tensors: list[Tensor], codes: CodeRange, calibrator: str, pe
     """The exponent of a tensor of which ``tensors`` are samples (any shapes, finite), whose codes lie in ``codes``.
 
     calibrator: `max` – the smallest exponent at which the largest magnitude is not clipped at ``codes.high``;
-    `percentile` – at which at least that share (%) of magnitudes is not (as `max` where that share is all zeros); `mse` – the power of two that minimises the squared error, clipping included.
+    `percentile` – at which at least that share (%) of magnitudes is not (as `max` where that share is all zeros);
+    `mse` – the power of two that minimises the squared error, clipping included.
 
     Raises:
         ValueError: a value is infinite or NaN.

@@ -1,0 +1,156 @@
+"""Recognising operators: each form of each, and a name for everything that has no integer form."""
+
+import operator
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lowprec.operators import UnsupportedModelError, plan
+from lowprec.tracing import trace
+
+Body = Callable[[nn.Module, Tensor], Tensor]
+
+
+class Net(nn.Module):
+    """A body between two convolutions and a classifier."""
+
+    def __init__(self, body: Body) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.other = nn.Conv2d(4, 4, 1)
+        self.relu = nn.ReLU()
+        self.offset = nn.Parameter(torch.zeros(1))
+        self.body = body
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.body(self, images)
+
+
+def kinds(body: Body) -> list[str]:
+    return [operation.kind + operation.activation for operation in plan(trace(Net(body)))]
+
+
+def faults(body: Body) -> str:
+    with pytest.raises(UnsupportedModelError) as caught:
+        plan(trace(Net(body)))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (lambda m, x: m.relu(m.norm(m.conv(x))), ["input", "convolutionrelu"]),
+        (lambda m, x: functional.relu(m.norm(m.conv(x))), ["input", "convolutionrelu"]),
+        (lambda m, x: functional.relu(input=m.conv(input=x)), ["input", "convolutionrelu"]),
+        (lambda m, x: torch.relu(m.conv(x)), ["input", "convolutionrelu"]),
+        (lambda m, x: m.conv(x).relu(), ["input", "convolutionrelu"]),
+        (lambda m, x: functional.relu6(m.conv(x)), ["input", "convolutionrelu6"]),
+        (lambda m, x: functional.hardtanh(m.conv(x), 0.0, 6.0), ["input", "convolutionrelu6"]),
+        (lambda m, x: m.relu(x), ["input", "relurelu"]),
+        (lambda m, x: functional.relu(input=x), ["input", "relurelu"]),
+    ],
+)
+def test_activations(body: Body, expected: list[str]) -> None:
+    assert kinds(body) == expected
+
+
+@pytest.mark.parametrize(
+    "add",
+    [
+        lambda a, b: a + b,
+        lambda a, b: torch.add(a, b),
+        lambda a, b: a.add(b),
+        lambda a, b: a.add_(b),
+        operator.iadd,
+    ],
+)
+def test_adds(add: Callable[[Tensor, Tensor], Tensor]) -> None:
+    assert kinds(lambda m, x: torch.relu(add(m.conv(x), m.other(m.relu(x))))) == [
+        "input",
+        "convolution",
+        "relurelu",
+        "convolution",
+        "addrelu",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("operation", "kind"),
+    [
+        (lambda x: torch.flatten(x, 1), "flatten"),
+        (lambda x: torch.flatten(input=x, start_dim=1), "flatten"),
+        (lambda x: x.flatten(1), "flatten"),
+        (lambda x: x.view(x.size(0), -1), "flatten"),
+        (lambda x: x.view((x.shape[0], -1)), "flatten"),
+        (lambda x: x.reshape(x.size()[0], -1), "flatten"),
+        (lambda x: x.mean([2, 3]), "average_pool"),
+        (lambda x: x.mean(dim=(-1, -2), keepdim=True), "average_pool"),
+        (lambda x: torch.mean(x, (2, 3)), "average_pool"),
+        (lambda x: functional.adaptive_avg_pool2d(x, 1), "average_pool"),
+        (lambda x: functional.adaptive_avg_pool2d(x, output_size=(1, 1)), "average_pool"),
+        (lambda x: functional.avg_pool2d(x, 2), "average_pool"),
+        (lambda x: functional.avg_pool2d(input=x, kernel_size=2, stride=1), "average_pool"),
+        (lambda x: functional.max_pool2d(x, 2), "max_pool"),
+        (lambda x: functional.max_pool2d(x, kernel_size=3, stride=2, padding=1), "max_pool"),
+        (lambda x: functional.dropout(x, 0.5, False), "dropout"),
+        (lambda x: functional.dropout(x, p=0.0), "dropout"),
+    ],
+)
+def test_functions(operation: Callable[[Tensor], Tensor], kind: str) -> None:
+    assert kinds(lambda m, x: operation(m.conv(x))) == ["input", "convolution", kind]
+
+
+@pytest.mark.parametrize(
+    ("operation", "word"),
+    [
+        (torch.sigmoid, "sigmoid()"),
+        (lambda x: x.softmax(1), "softmax()"),
+        (lambda x: torch.cat([x, x], 1), "cat()"),
+        (lambda x: x * x, "mul()"),
+        (lambda x: x + 1, "add()"),
+        (lambda x: torch.add(x, x, alpha=2), "add()"),
+        (lambda x: x + x.size(0), "add()"),
+        (lambda x: x.view(x.size(1), -1), "view()"),
+        (lambda x: x.view(-1, 64), "view()"),
+        (lambda x: x.mean(1), "mean()"),
+        (lambda x: functional.avg_pool2d(x, x.shape[2]), "avg_pool2d()"),
+        (lambda x: functional.avg_pool2d(x, 2, divisor_override=3), "avg_pool2d()"),
+        (lambda x: functional.dropout(x, 0.5, True), "dropout()"),
+        (lambda x: functional.hardtanh(x, -1.0, 6.0), "hardtanh()"),
+        (lambda x: functional.adaptive_avg_pool2d(x, 2), "adaptive_avg_pool2d()"),
+    ],
+)
+def test_what_has_no_integer_form_is_named(operation: Callable[[Tensor], Tensor], word: str) -> None:
+    assert f"{word} in the model itself" in faults(lambda m, x: operation(m.conv(x)))
+
+
+def test_every_unsupported_operation_is_named_at_once() -> None:
+    message = faults(lambda m, x: torch.tanh(m.norm(torch.sigmoid(m.conv(x)))))
+    assert "sigmoid() in the model itself" in message
+    assert "BatchNorm2d at norm" in message
+    assert "tanh() in the model itself" in message
+
+
+def test_parameters_are_no_operands_of_an_add() -> None:
+    assert "add() in the model itself" in faults(lambda m, x: m.conv(x) + m.offset)
+
+
+def test_layers_and_norms_that_are_called_twice() -> None:
+    assert "other, called 2 times" in faults(lambda m, x: m.other(m.other(m.conv(x))))
+    assert "norm, called 2 times" in faults(lambda m, x: m.norm(m.other(m.norm(m.conv(x)))))
+
+
+def test_a_convolution_of_two_users_keeps_its_norm_apart() -> None:
+    def body(m: nn.Module, x: Tensor) -> Tensor:
+        convolved = m.conv(x)
+        return m.norm(convolved) + convolved
+
+    assert "BatchNorm2d at norm" in faults(body)
+
+
+def test_outputs_that_are_not_one_tensor() -> None:
+    assert "an output that is not one tensor" in faults(lambda m, x: (m.conv(x), x))  # type: ignore[arg-type, return-value]
