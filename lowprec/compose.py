@@ -134,7 +134,7 @@ def _check_keys(composed: DictConfig, overrides: Iterable[str]) -> None:
 
 
 def _keys_of(node: DictConfig, prefix: str = "") -> Iterable[str]:
-    for name in node:
+    for name in map(str, node):
         key = f"{prefix}{name}"
         yield key
         if OmegaConf.is_missing(node, name):
@@ -147,7 +147,7 @@ def _first_of_sweep(override: str) -> str:
     (parsed,) = OverridesParser.create().parse_overrides([override])
     if not parsed.is_sweep_override() or parsed.is_hydra_override():
         return override
-    return f"{parsed.input_line.split('=', 1)[0]}={next(parsed.sweep_string_iterator())}"
+    return f"{override.split('=', 1)[0]}={next(parsed.sweep_string_iterator())}"
 
 
 def _is_incidental(override: str) -> bool:

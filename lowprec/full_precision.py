@@ -85,7 +85,7 @@ def _baseline(config: RunConfig, data: Any, console: Console) -> Path:
         if path.is_file():
             console.print(f"full-precision baseline: {path}")
         else:
-            console.print(f"full-precision baseline: none yet, training it for {config.baseline.max_epochs} epochs")
+            console.print(f"full-precision baseline: none yet, training one ({config.baseline.max_epochs} epochs)")
             _train_baseline(config, data, console, path)
     return path
 

@@ -17,7 +17,7 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.loggers import Logger
 from omegaconf import OmegaConf
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from lowprec.calibrate import calibrate
 from lowprec.config import RunConfig
@@ -26,12 +26,13 @@ from lowprec.data import DataModule
 from lowprec.export.onnx import export_onnx
 from lowprec.full_precision import full_precision_model
 from lowprec.integer.convert import convert
+from lowprec.integer.model import IntegerModel
 from lowprec.integer.packed import save
 from lowprec.models import load_checkpoint, save_checkpoint
 from lowprec.prepare import prepare
-from lowprec.report.summary import TOP1_ROWS, Summary, build_summary, cost_summary, summary_table
+from lowprec.report.summary import TOP1_ROWS, Summary, build_summary, cost_summary, plural, summary_table
 from lowprec.report.terminal import create_console
-from lowprec.run_data import run_data, test_images
+from lowprec.run_data import evaluation_images, run_data
 from lowprec.run_directory import RunDirectory, write_text
 from lowprec.training.codes import CodeStatistics
 from lowprec.training.evaluation import Predictor, onnx_predictor, top1
@@ -133,11 +134,11 @@ def _all_stages(current: Run, loggers: list[Logger]) -> Summary:
     return summarize(current)
 
 
-def quantize(current: Run, full_precision: nn.Module) -> nn.Module:
+def quantize(current: Run, full_precision: nn.Module) -> fx.GraphModule:
     """The fake-quant model with solved weights and calibrated activations, as it is before any training."""
     directory = current.directory
     with current.stage("prepare", "prepare: weights to codes and scales"):
-        qmodel: nn.Module = prepare(full_precision.cpu(), current.config.recipe, current.example_images())
+        qmodel = prepare(full_precision.cpu(), current.config.recipe, current.example_images())
     if directory.post_training_file.is_file():
         load_checkpoint(qmodel, directory.post_training_file)
     else:
@@ -153,7 +154,7 @@ def quantize(current: Run, full_precision: nn.Module) -> nn.Module:
     return qmodel
 
 
-def fine_tune(current: Run, qmodel: nn.Module, teacher: nn.Module, loggers: list[Logger]) -> None:
+def fine_tune(current: Run, qmodel: fx.GraphModule, teacher: nn.Module, loggers: list[Logger]) -> None:
     """Trains the fake-quant model with straight-through gradients, up to its best weights in validation."""
     config, directory = current.config, current.directory
     if config.trainer.max_epochs == 0:
@@ -166,7 +167,7 @@ def fine_tune(current: Run, qmodel: nn.Module, teacher: nn.Module, loggers: list
         distillation=config.trainer.distillation,
         channels_last=config.trainer.channels_last,
     )
-    with current.stage("fine_tune", f"fine-tune: {config.trainer.max_epochs} epochs"):
+    with current.stage("fine_tune", f"fine-tune: {plural(config.trainer.max_epochs, 'epoch')}"):
         fit(
             module,
             current.data,
@@ -182,22 +183,22 @@ def fine_tune(current: Run, qmodel: nn.Module, teacher: nn.Module, loggers: list
     qmodel.cpu()
 
 
-def ship(current: Run, qmodel: nn.Module) -> nn.Module:
+def ship(current: Run, qmodel: fx.GraphModule) -> IntegerModel:
     """The integer model, saved packed and exported to ONNX."""
     directory = current.directory
     with current.stage("export", f"export: {directory.model_file.name} (packed), {directory.onnx_file.name}"):
-        imodel = convert(qmodel.eval())
+        imodel = convert(qmodel)
         save(imodel, directory.model_file)
         export_onnx(imodel, directory.onnx_file)
     return imodel
 
 
-def prove(current: Run, qmodel: nn.Module, imodel: nn.Module) -> None:
+def prove(current: Run, qmodel: fx.GraphModule, imodel: IntegerModel) -> None:
     """Compares every code of fake-quant, integer and ONNX model on the whole test split; measures the last two."""
     directory = current.directory
     current.console.print("verify: fake-quant, integer model and ONNX Runtime, code by code, on the whole test split")
     if directory.result("verify") is None:
-        report = verify(qmodel, imodel, test_images(current.data), onnx=directory.onnx_file)
+        report = verify(qmodel, imodel, evaluation_images(current.data), onnx=directory.onnx_file)
         if report.mismatched_codes:
             current.console.print(str(report))
         figures = {name: getattr(report, name) for name in ("images", "compared_codes", "mismatched_codes")}

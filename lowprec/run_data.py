@@ -60,7 +60,7 @@ def published_data_config(config: RunConfig) -> dict[str, Any]:
     return pretrained_data_config(model)
 
 
-def test_images(data: DataModule) -> Iterator[Tensor]:
+def evaluation_images(data: DataModule) -> Iterator[Tensor]:
     """The images of the whole test split, batch by batch, so that no data set needs to fit into memory."""
     for images, _ in data.test_dataloader():
         yield images

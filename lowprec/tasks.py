@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import fx
 
 from lowprec.config import ConfigError, RunConfig
 from lowprec.cost import cost
@@ -18,7 +18,7 @@ from lowprec.integer.packed import load
 from lowprec.models import load_checkpoint
 from lowprec.prepare import prepare
 from lowprec.report.summary import Summary, cost_rows, cost_summary
-from lowprec.run_data import published_data_config, run_data, test_images
+from lowprec.run_data import evaluation_images, published_data_config, run_data
 from lowprec.run_directory import RunDirectory
 from lowprec.training.checkpoints import BEST
 from lowprec.training.evaluation import onnx_predictor, top1
@@ -69,7 +69,7 @@ def verify_run(config: RunConfig, console: Console) -> Summary:
     directory = finished_run(config)
     data = run_data(directory.config)
     qmodel = fake_quant_model(directory, data.num_classes, data.input_size)
-    report = verify(qmodel, load(directory.model_file), test_images(data), onnx=directory.onnx_file)
+    report = verify(qmodel, load(directory.model_file), evaluation_images(data), onnx=directory.onnx_file)
     console.print(str(report))
     report.raise_if_different()
     return {name: getattr(report, name) for name in ("images", "compared_codes", "mismatched_codes")}
@@ -88,9 +88,10 @@ def cost_of(config: RunConfig, console: Console) -> Summary:
     data = config.data
     if data.num_classes is None:
         raise ConfigError("data.num_classes=null: task=cost reads no data, so give the number of classes")
-    shape = (data.in_channels, data.image_size, data.image_size)
     if data.image_size is None:
         shape = published_data_config(config)["input_size"]
+    else:
+        shape = (data.in_channels, data.image_size, data.image_size)
     with torch.device("meta"):
         model = build_model(config, num_classes=data.num_classes).eval()
         images = torch.empty(2, *shape)
@@ -105,14 +106,15 @@ def cost_of(config: RunConfig, console: Console) -> Summary:
     return summary
 
 
-def fake_quant_model(directory: RunDirectory, num_classes: int, input_size: tuple[int, int, int]) -> nn.Module:
+def fake_quant_model(directory: RunDirectory, num_classes: int, input_size: tuple[int, int, int]) -> fx.GraphModule:
     """The run's fake-quant model as it was shipped: the best of fine-tuning, or the calibrated one."""
     config = directory.config
     model = build_model(config, num_classes=num_classes).eval()
-    qmodel: nn.Module = prepare(model, config.recipe, torch.zeros(2, *input_size))
+    qmodel = prepare(model, config.recipe, torch.zeros(2, *input_size))
     best = directory.checkpoints / BEST
     load_checkpoint(qmodel, best if best.is_file() else directory.post_training_file)
-    return qmodel.eval()
+    qmodel.eval()
+    return qmodel
 
 
 TASKS: dict[str, Callable[[RunConfig, Console], Summary]] = {

@@ -63,7 +63,7 @@ def summary_table(summary: Summary) -> Table:
         entry = summary[key]
         value, note = ("not measured", "") if entry is None else (f"{entry['top1']:.2%}", "top-1")
         if key == "fine_tuned" and entry is not None:
-            note = f"top-1 after {entry['epochs']} epochs"
+            note = f"top-1 after {plural(entry['epochs'], 'epoch')}"
         table.add_row(label, value, note)
     table.add_section()
     _add_verify_row(table, summary["verify"])
@@ -72,6 +72,11 @@ def summary_table(summary: Summary) -> Table:
         for row in cost_rows(summary["cost"]):
             table.add_row(*row)
     return table
+
+
+def plural(count: int, noun: str) -> str:
+    """``1 epoch``, ``2 epochs``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _add_verify_row(table: Table, verify: dict[str, Any] | None) -> None:

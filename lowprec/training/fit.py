@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning.pytorch as lightning
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.loggers import Logger
 from rich.console import Console
 
@@ -59,6 +59,7 @@ def fit(
     """
     _quiet_lightning()
     checkpoints = BestAndLast(folder)
+    progress = progress_callbacks(settings.progress, title, console)
     trainer = lightning.Trainer(
         max_epochs=max_epochs,
         accelerator=settings.accelerator,
@@ -67,11 +68,11 @@ def fit(
         gradient_clip_val=settings.gradient_clip,
         # A warning, not an error: a few CUDA kernels have no deterministic form.
         deterministic="warn",
-        callbacks=[*callbacks, *progress_callbacks(settings.progress, title, console), checkpoints],
+        callbacks=[*callbacks, *progress, checkpoints],
         logger=list(loggers) or False,
         enable_checkpointing=True,
         enable_model_summary=False,
-        enable_progress_bar=False,
+        enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in progress),
         num_sanity_val_steps=0,
         default_root_dir=folder,
     )

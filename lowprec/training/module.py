@@ -38,7 +38,7 @@ class Classification(lightning.LightningModule):
     ) -> None:
         super().__init__()
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.model = model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        self.model = model.to(memory_format=self.memory_format)
         self.optim = optim
         self.label_smoothing = label_smoothing
         self.distillation = distillation or DistillationConfig()

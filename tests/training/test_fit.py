@@ -162,6 +162,13 @@ def test_bf16_and_gradient_clipping_work_and_evaluation_stays_in_float32(data: D
     assert top1(model, data.val_dataloader()) == pytest.approx(float(metadata["validation_top1"]), abs=1e-6)
 
 
+def test_a_bar_on_a_terminal(data: DataModule, tmp_path: Path) -> None:
+    module = Classification(fake_quant_model(data), OptimConfig(learning_rate=0.05))
+    settings = TrainerConfig(precision="32", accelerator="cpu", progress="rich")
+    console = Console(quiet=True)
+    assert fit(module, data, folder=tmp_path, max_epochs=1, settings=settings, title="", console=console) == 1
+
+
 def test_a_line_per_epoch_where_there_is_no_terminal(data: DataModule, tmp_path: Path) -> None:
     console = Console(record=True, width=120, quiet=False, file=(tmp_path / "out").open("w"))
     module = Classification(fake_quant_model(data), OptimConfig(learning_rate=0.05))
