@@ -39,6 +39,7 @@ from lowprec.training.evaluation import Predictor, onnx_predictor, top1
 from lowprec.training.fit import fit
 from lowprec.training.loggers import close_loggers, create_loggers, log_summary
 from lowprec.training.module import Classification
+from lowprec.training.precision import choose_device
 from lowprec.verify import VerificationError, verify
 
 
@@ -106,7 +107,7 @@ def train(config: RunConfig, console: Console) -> Summary:
         # The sums of a GPU or of several threads are done in a fixed order, so that the same seed gives the same
         # figures.
         torch.use_deterministic_algorithms(True, warn_only=True)
-        current = Run(config, directory, run_data(config), console, _device(config))
+        current = Run(config, directory, run_data(config), console, choose_device(config.trainer.accelerator))
         content = {**_plain(config), "git": directory.state["git"]}
         loggers = create_loggers(config.logger, directory.path, directory.unique_name, content)
         try:
@@ -222,10 +223,6 @@ def summarize(current: Run) -> Summary:
     current.console.print(summary_table(summary))
     current.console.print(f"everything is in {directory.path}")
     return summary
-
-
-def _device(config: RunConfig) -> torch.device:
-    return torch.device("cuda" if config.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _plain(config: RunConfig) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from lowprec.training.precision import float32_evaluation
+
 Predictor = Callable[[Tensor], Tensor]
 
 
@@ -25,10 +27,11 @@ def top1(predict: Predictor, batches: Iterable[tuple[Tensor, Tensor]], device: t
     if isinstance(predict, nn.Module):
         predict.to(device).eval()
     correct = total = 0
-    for images, labels in batches:
-        logits = predict(images.to(device))
-        correct += int((logits.argmax(dim=1).cpu() == labels).sum())
-        total += len(labels)
+    with float32_evaluation(torch.device(device)):
+        for images, labels in batches:
+            logits = predict(images.to(device))
+            correct += int((logits.argmax(dim=1).cpu() == labels).sum())
+            total += len(labels)
     if total == 0:
         raise ValueError("no images to measure accuracy on")
     return correct / total

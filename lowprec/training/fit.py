@@ -18,7 +18,7 @@ from lowprec.config import TrainerConfig
 from lowprec.models import load_checkpoint
 from lowprec.training.checkpoints import BEST, LAST, BestAndLast
 from lowprec.training.module import Classification
-from lowprec.training.precision import choose_precision
+from lowprec.training.precision import choose_accelerator, choose_precision
 from lowprec.training.progress import progress_callbacks
 from lowprec.training.resume import ResumedData
 
@@ -59,12 +59,13 @@ def fit(
     """
     _quiet_lightning()
     checkpoints = BestAndLast(folder)
+    accelerator = choose_accelerator(settings.accelerator)
     progress = progress_callbacks(settings.progress, title, console)
     trainer = lightning.Trainer(
         max_epochs=max_epochs,
-        accelerator=settings.accelerator,
+        accelerator=accelerator,
         devices=1,
-        precision=choose_precision(settings.precision, settings.accelerator),
+        precision=choose_precision(settings.precision, accelerator),
         gradient_clip_val=settings.gradient_clip,
         # A warning, not an error: a few CUDA kernels have no deterministic form.
         deterministic="warn",

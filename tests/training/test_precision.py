@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowprec.training.precision import choose_precision, float32_evaluation
+from lowprec.config import ConfigError
+from lowprec.training.precision import choose_accelerator, choose_device, choose_precision, float32_evaluation
 
 
 @pytest.mark.parametrize(("setting", "expected"), [("32", "32-true"), ("bf16", "bf16-mixed")])
@@ -27,6 +28,17 @@ def test_auto_does_without_checks_that_torch_lacks(monkeypatch: pytest.MonkeyPat
     for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
         monkeypatch.delattr(torch.cpu, name, raising=False)
     assert choose_precision("auto", "cpu") == "32-true"
+
+
+def test_a_gpu_that_is_not_there_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="accelerator=gpu"):
+        choose_accelerator("gpu")
+    assert choose_accelerator("auto") == choose_accelerator("cpu") == "cpu"
+    assert choose_device("auto") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_accelerator("auto") == choose_accelerator("gpu") == "gpu"
+    assert choose_device("cpu") == torch.device("cpu")
 
 
 def test_evaluation_is_in_float32_within_autocast() -> None:
