@@ -92,7 +92,8 @@ def run_to_exit_code(config: RunConfig) -> int:
         _complain(error)
         return FAILED
     except (Interrupted, KeyboardInterrupt):
-        print(f"\nstopped; the same command goes on with the run {config.runs_dir}/{config.run_id}", file=sys.stderr)
+        command = "the same command without fresh=true" if config.fresh else "the same command"
+        print(f"\nstopped; {command} goes on with the run {config.runs_dir}/{config.run_id}", file=sys.stderr)
         sys.exit(INTERRUPTED)  # also ends a sweep
     return 0
 
