@@ -112,9 +112,14 @@ def verify(
             for against, codes in found.items():
                 comparison = counts.setdefault((step.name, against), TensorComparison(step.name, against))
                 comparison.compared += expected[step.name].numel()
-                comparison.mismatched += int((codes[step.name] != expected[step.name]).sum())
+                comparison.mismatched += _differing(codes[step.name], expected[step.name])
     report.comparisons = list(counts.values())
     return report
+
+
+def _differing(found: Tensor, expected: Tensor) -> int:
+    """How many codes differ: all of them where the shapes do, which ``!=`` would broadcast."""
+    return expected.numel() if found.shape != expected.shape else int((found != expected).sum())
 
 
 class _FakeQuantCodes(fx.Interpreter):

@@ -75,7 +75,6 @@ class _Exporter:
         self.model = model
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
-        # Where a step only passes its input's codes through, the float name of that input.
         images = torch.zeros(1, *model.image_shape)
         self.shapes = {name: tuple(codes.shape) for name, codes in model.codes(images).items()}
 
@@ -113,9 +112,8 @@ class _Exporter:
                 name,
                 kernel_shape=operator.kernel_size,
                 strides=operator.stride,
-                pads=operator.padding * 2,
+                pads=operator.padding + self._end_padding(name, operator, shapes[0], operator.dilation),
                 dilations=operator.dilation,
-                ceil_mode=int(operator.ceil_mode),
             )
             self._quantize(name, f"{name}.float", operator.output)
         elif isinstance(operator, IntegerReLU):
@@ -158,27 +156,44 @@ class _Exporter:
             self._finish(name, layer.output, layer.six)
 
     def _average_pool(self, name: str, pool: IntegerAveragePool, values: str, shape: tuple[int, ...]) -> None:
+        pooled = name if pool.keep_axes else f"{name}.pooled"
         if pool.kernel_size is not None:
             self._node(
                 "AveragePool",
                 [values],
-                name,
+                pooled,
                 kernel_shape=pool.kernel_size,
                 strides=pool.stride,
-                pads=pool.padding * 2,
-                ceil_mode=int(pool.ceil_mode),
-                count_include_pad=int(pool.count_include_pad),
+                pads=pool.padding + self._end_padding(name, pool, shape, (1, 1)),
+                # What only a window that ceil_mode added hangs over is never counted.
+                count_include_pad=int(pool.count_include_pad and not pool.ceil_mode),
             )
         elif _multiplying_is_dividing(shape[2] * shape[3], pool.input.exponent - pool.output.exponent):
-            self._node("GlobalAveragePool", [values], name)
+            self._node("GlobalAveragePool", [values], pooled)
         else:
-            self._node("AveragePool", [values], name, kernel_shape=shape[2:])
-        if pool.keep_axes:
+            self._node("AveragePool", [values], pooled, kernel_shape=shape[2:])
+        self._quantize(pooled, f"{pooled}.float", pool.output)
+        if not pool.keep_axes:
+            self._node("Flatten", [f"{pooled}.values"], name, axis=1)
             self._quantize(name, f"{name}.float", pool.output)
-            return
-        self._quantize(f"{name}.pooled", f"{name}.float", pool.output)
-        self._node("Flatten", [f"{name}.pooled.values"], name, axis=1)
-        self._quantize(name, f"{name}.float", pool.output)
+
+    def _end_padding(
+        self,
+        name: str,
+        pool: IntegerAveragePool | IntegerMaxPool,
+        shape: tuple[int, ...],
+        dilation: tuple[int, ...],
+    ) -> tuple[int, ...]:
+        """Padding below and to the right with which all windows fit: ONNX and torch disagree on ceil_mode's last one."""
+        assert pool.kernel_size is not None
+        assert pool.stride is not None
+        sides = zip(
+            shape[2:], self.shapes[name][2:], pool.kernel_size, pool.stride, pool.padding, dilation, strict=True
+        )
+        return tuple(
+            max(padding, (windows - 1) * stride + (kernel - 1) * gap + 1 - side - padding)
+            for side, windows, kernel, stride, padding, gap in sides
+        )
 
     def _finish(self, name: str, output: Grid, six: int | None) -> None:
         """Activation and quantization of an operator's float result; ReLU6 cuts the 8-bit codes, in integers."""

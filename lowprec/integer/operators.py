@@ -1,7 +1,7 @@
 """Integer operators: codes in, codes out, int32 tensors of 8-bit values; no floating-point arithmetic between them.
 
-Obviously right rather than fast. Each operator's ``attributes`` are what a file needs, beside its tensors, to build it
-again; ``TENSORS`` names those.
+Obviously right rather than fast. Each operator's ``attributes`` are what a file needs, beside a layer's tensors, to build
+it again.
 """
 
 from __future__ import annotations
@@ -48,7 +48,6 @@ class IntegerOperator(nn.Module):
     """An operator of an integer model. ``output`` is the grid of its codes; None for the network's 32-bit sums."""
 
     KIND: ClassVar[str]
-    TENSORS: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, output: Grid | None) -> None:
         super().__init__()
@@ -83,7 +82,6 @@ class IntegerLayer(IntegerOperator):
         ValueError: the sums of a channel could leave int32, whatever the input: |bias| + Σ|c| · largest input code ≥ 2^31.
     """
 
-    TENSORS = ("codes", "mantissas", "exponents", "bias")
     codes: Tensor
     mantissas: Tensor | None
     exponents: Tensor
@@ -115,7 +113,7 @@ class IntegerLayer(IntegerOperator):
         self.register_buffer("effective", self._effective(), persistent=False)
         bound = self.sum_bound
         if bound >= 1 << 31:
-            raise ValueError(f"sums of up to {bound} overflow 32 bits: fewer input channels or 8-bit weights needed")
+            raise ValueError(f"sums of up to {bound} overflow 32 bits: too many weights a channel, or too large a bias")
 
     def _effective(self) -> Tensor:
         if self.mantissas is None:
@@ -127,7 +125,7 @@ class IntegerLayer(IntegerOperator):
     def sum_bound(self) -> int:
         """The largest magnitude that a sum can reach: max over channels of |bias| + Σ|c| · largest input code."""
         weights = self.effective.flatten(1).abs().sum(1, dtype=torch.int64) * self.input.largest
-        return int((weights + self.bias.abs().to(torch.int64)).max())
+        return int((weights + self.bias.to(torch.int64).abs()).max())
 
     @property
     def sum_exponents(self) -> Tensor:
@@ -181,7 +179,14 @@ class IntegerConv2d(IntegerLayer):
         self.groups = groups
 
     def sums(self, codes: Tensor) -> Tensor:
-        return functional.conv2d(codes, self.effective, None, self.stride, self.padding, self.dilation, self.groups)
+        # torch has no dilated convolution of integers: the gaps are filled with zeros instead.
+        weight, (rows, columns) = self.effective, self.dilation
+        if (rows, columns) != (1, 1):
+            height, width = ((side - 1) * gap + 1 for side, gap in zip(weight.shape[2:], self.dilation, strict=True))
+            spread = weight.new_zeros(*weight.shape[:2], height, width)
+            spread[:, :, ::rows, ::columns] = weight
+            weight = spread
+        return functional.conv2d(codes, weight, None, self.stride, self.padding, 1, self.groups)
 
     def attributes(self) -> dict[str, Any]:
         geometry = {name: list(getattr(self, name)) for name in ("stride", "padding", "dilation")}
@@ -246,6 +251,10 @@ class IntegerAveragePool(IntegerOperator):
         keep_axes: bool,
     ) -> None:
         super().__init__(output)
+        distance = abs(input.exponent - output.exponent)
+        # Shifted by more, the averages of 8-bit codes would all be zero or out of range; sums stay far below 2^63.
+        if distance > 31:
+            raise ValueError(f"the exponents lie {distance} apart; averages can be shifted by at most 31 places")
         self.input = input
         self.kernel_size = kernel_size
         self.stride = stride

@@ -1,0 +1,210 @@
+"""Small networks for tests: every supported operator, in structures drawn from a seed, with awkward parameters."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+import lowprec
+from lowprec.integer.model import IntegerModel
+from lowprec.recipe import Recipe, Rule, WeightScheme
+
+IMAGE = (3, 17, 14)  # sides that no power of two divides
+
+
+class ConvNormAct(nn.Sequential):
+    """Convolution, then perhaps a batch norm (else a bias), then perhaps an activation."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int = 3,
+        norm: bool = True,
+        act: nn.Module | None = None,
+        **geometry: int,
+    ) -> None:
+        padding = geometry.pop("padding", geometry.get("dilation", 1) * (kernel // 2))
+        layers: list[nn.Module] = [nn.Conv2d(inputs, outputs, kernel, padding=padding, bias=not norm, **geometry)]
+        layers += [nn.BatchNorm2d(outputs)] if norm else []
+        layers += [act] if act is not None else []
+        super().__init__(*layers)
+
+
+class Residual(nn.Module):
+    """Two convolutions and a shortcut; ``projection`` of None is the identity."""
+
+    def __init__(self, body: nn.Module, projection: nn.Module | None, act: nn.Module | None) -> None:
+        super().__init__()
+        self.body, self.projection, self.act = body, projection, act
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.projection is None else self.projection(x)
+        total = self.body(x) + shortcut
+        return total if self.act is None else self.act(total)
+
+
+class PreActivation(nn.Module):
+    """A ReLU on a tensor that the shortcut uses as well, so that no operator can take it in."""
+
+    def __init__(self, body: nn.Module, six: bool) -> None:
+        super().__init__()
+        self.body, self.six = body, six
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated = functional.relu6(x) if self.six else functional.relu(x)
+        return x + self.body(activated)
+
+
+class Doubled(nn.Module):
+    """A convolution's result added to itself."""
+
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return x + x
+
+
+class Head(nn.Module):
+    """Global average, or all positions, then one or two linear layers."""
+
+    def __init__(self, features: int, pool: str, hidden: int | None, bias: bool) -> None:
+        super().__init__()
+        self.pool = pool
+        self.dropout = nn.Dropout(0.2)
+        self.average = nn.AdaptiveAvgPool2d(1)
+        self.hidden = None if hidden is None else nn.Linear(features, hidden)
+        self.classifier = nn.Linear(features if hidden is None else hidden, 5, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pool == "mean":
+            x = x.mean((2, 3))
+        elif self.pool == "average":
+            x = self.average(x)
+        x = torch.flatten(x, 1)
+        if self.hidden is not None:
+            x = functional.relu(self.hidden(x))
+        return self.classifier(self.dropout(x))
+
+
+def random_network(seed: int) -> nn.Sequential:
+    """A network of a stem, three blocks and a head, in eval mode, for images of the shape ``IMAGE``."""
+    draw = random.Random(seed)
+
+    def act() -> nn.Module | None:
+        return draw.choice([nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6(), None])
+
+    def conv(inputs: int, outputs: int, kernel: int = 3, **geometry: int) -> ConvNormAct:
+        return ConvNormAct(inputs, outputs, kernel, draw.random() < 0.75, act(), **geometry)
+
+    width = draw.choice([6, 10, 12])
+
+    def residual() -> nn.Module:
+        nonlocal width
+        inputs, stride, width = width, draw.choice([1, 2]), draw.choice([6, 12, 18])
+        body = nn.Sequential(conv(inputs, width, stride=stride), conv(width, width))
+        same = inputs == width and stride == 1
+        return Residual(body, None if same else conv(inputs, width, 1, stride=stride), act())
+
+    def depthwise() -> nn.Module:
+        wide = 2 * width
+        kernel = draw.choice([3, 5])
+        return Residual(
+            nn.Sequential(conv(width, wide, 1), conv(wide, wide, kernel, groups=wide), conv(wide, width, 1)),
+            None,
+            act(),
+        )
+
+    def grouped() -> nn.Module:
+        return conv(width, width, groups=2, dilation=2)
+
+    def pre_activation() -> nn.Module:
+        return PreActivation(conv(width, width), draw.random() < 0.5)
+
+    def pooling() -> nn.Module:
+        ceil_mode, stride = draw.random() < 0.5, draw.choice([1, 2, 3])
+        if draw.random() < 0.4:
+            return nn.MaxPool2d(3, stride, padding=draw.choice([0, 1]), ceil_mode=ceil_mode)
+        padding = draw.choice([0, 1])
+        counted = draw.random() < 0.5 and not (ceil_mode and padding)
+        return nn.AvgPool2d(draw.choice([2, 3]), stride, padding, ceil_mode, count_include_pad=counted)
+
+    def doubled() -> nn.Module:
+        return Doubled(conv(width, width, 1))
+
+    blocks: list[Callable[[], nn.Module]] = [residual, residual, depthwise, grouped, pre_activation, pooling, doubled]
+    layers: list[nn.Module] = [conv(3, width, draw.choice([3, 5]), stride=draw.choice([1, 2]))]
+    layers += [draw.choice(blocks)() for _ in range(3)]
+    features = width
+    pool = draw.choice(["mean", "average", "none"])
+    if pool == "none":
+        with torch.no_grad():
+            features = nn.Sequential(*layers).eval()(torch.zeros(1, *IMAGE)).flatten(1).shape[1]
+    layers.append(Head(features, pool, draw.choice([None, 9]), draw.random() < 0.7))
+    return awkward(nn.Sequential(*layers), seed)
+
+
+def awkward(model: nn.Module, seed: int, dead_channels: bool = True) -> nn.Module:
+    """Gives batch norms statistics, negative gains and dead channels; zero clusters and large biases to layers."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(low: float, high: float, size: int) -> Tensor:
+        return low + (high - low) * torch.rand(size, generator=generator)
+
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                channels = module.num_features
+                module.running_mean.copy_(uniform(-0.5, 0.5, channels))
+                module.running_var.copy_(uniform(0.2, 3.0, channels))
+                signs = 1 - 2 * (uniform(0, 1, channels) < 0.2).float()
+                module.weight.copy_(uniform(0.5, 1.5, channels) * signs)
+                module.bias.copy_(uniform(-1, 1, channels))
+                if dead_channels:
+                    module.weight[0] = 0.0
+            elif isinstance(module, nn.Conv2d | nn.Linear):
+                fan_in = module.weight[0].numel()
+                module.weight.copy_(torch.randn(module.weight.shape, generator=generator) * (2 / fan_in) ** 0.5)
+                if dead_channels:
+                    module.weight[-1] = 0.0
+                    module.weight[0, : module.weight.shape[1] // 2] = 0.0
+                if module.bias is not None:
+                    module.bias.copy_(uniform(-1, 1, len(module.bias)))
+                    module.bias[0] = 30.0
+    return model.eval()
+
+
+def random_recipe(seed: int) -> Recipe:
+    """A shipped recipe or a drawn one: both layouts, cluster sizes that divide nothing, layers of mixed bits."""
+    draw = random.Random(seed)
+    if draw.random() < 0.4:
+        return Recipe.load(draw.choice(Recipe.names()))
+    scheme = WeightScheme(
+        bits=draw.choice([2, 4]),
+        cluster_size=draw.choice([1, 3, 5, 7, 64]),
+        layout=draw.choice(["kernel", "element"]),
+        solver=draw.choice(["exact", "rms", "paper", "twn"]),
+    )
+    rules = [Rule(pattern="@classifier", bits=draw.choice([2, 4, 8]))] if draw.random() < 0.5 else []
+    return Recipe(weights=scheme, rules=rules)
+
+
+def images(seed: int, count: int = 4, shape: tuple[int, int, int] = IMAGE) -> Tensor:
+    """Images of normal noise, over a slope from corner to corner."""
+    generator = torch.Generator().manual_seed(seed)
+    slope = torch.linspace(-1, 1, shape[1]).view(-1, 1) + torch.linspace(-1, 1, shape[2])
+    return torch.randn(count, *shape, generator=generator) + slope
+
+
+def quantize(model: nn.Module, recipe: Recipe | str, batch: Tensor) -> tuple[fx.GraphModule, IntegerModel]:
+    """The model prepared, calibrated on ``batch`` and converted."""
+    qmodel = lowprec.prepare(model, recipe, batch[:2])
+    lowprec.calibrate(qmodel, [batch])
+    return qmodel, lowprec.convert(qmodel)
