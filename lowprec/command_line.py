@@ -69,13 +69,13 @@ def run_to_exit_code(config: RunConfig) -> int:
     from filelock import Timeout
 
     from lowprec.data import DataError
+    from lowprec.graph.operations import UnsupportedModelError
+    from lowprec.graph.tracing import TracingError
     from lowprec.integer.convert import ConversionError
     from lowprec.integer.packed import PackedFileError
     from lowprec.models import CheckpointError
-    from lowprec.operators import UnsupportedModelError
     from lowprec.recipe import RecipeError
     from lowprec.run import run
-    from lowprec.tracing import TracingError
     from lowprec.training.checkpoints import Interrupted
     from lowprec.verify import VerificationError
 

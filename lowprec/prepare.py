@@ -12,6 +12,8 @@ import torch
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, fx, nn
 
+from lowprec.graph.operations import Operation, plan
+from lowprec.graph.tracing import TracingError, check_same_function, module_path, trace
 from lowprec.layers import (
     ActivationQuantizer,
     QuantizedAdd,
@@ -22,9 +24,7 @@ from lowprec.layers import (
     quantized_layers,
 )
 from lowprec.numerics.solvers import check_finite
-from lowprec.operators import Operation, plan
 from lowprec.recipe import LayerAssignment, LayerTraits, Recipe, WeightScheme
-from lowprec.tracing import TracingError, check_same_function, module_path, trace
 
 log = logging.getLogger(__name__)
 

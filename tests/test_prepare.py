@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lowprec.calibrate import calibrate
+from lowprec.graph.operations import UnsupportedModelError
+from lowprec.graph.tracing import TracingError, check_same_function, trace
 from lowprec.layers import ActivationQuantizer, QuantizedLayer, QuantizedReLU, quantized_layers
-from lowprec.operators import UnsupportedModelError
 from lowprec.prepare import describe_assignment, full_precision, prepare
 from lowprec.recipe import Recipe, RecipeError, Rule, WeightScheme
-from lowprec.tracing import TracingError, check_same_function, trace
 
 IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 

@@ -17,7 +17,7 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import fx, nn
 from torch.nn import functional
 
-from lowprec.tracing import describe
+from lowprec.graph.tracing import describe
 
 
 class UnsupportedModelError(ValueError):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lowprec.operators import UnsupportedModelError, plan
-from lowprec.tracing import trace
+from lowprec.graph.operations import UnsupportedModelError, plan
+from lowprec.graph.tracing import trace
 
 Body = Callable[[nn.Module, Tensor], Tensor]
 
