@@ -217,6 +217,12 @@ class IntegerAdd(IntegerOperator):
         # Codes of 8 bits shifted by at most 15 places: sums stay below 2^24, exact in float32 kernels too.
         if distance > 15:
             raise ValueError(f"the operands' exponents lie {distance} apart; at most 15 can be added exactly")
+        above = output.exponent - min(left.exponent, right.exponent)
+        # Kernels add the output's zero point, 2^7 of its units, to the sum in float32 before they round: 24 bits in all.
+        if above > 16:
+            raise ValueError(
+                f"the output's exponent lies {above} above an operand's; at most 16 can be rounded exactly"
+            )
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         """Two int32 tensors of codes of equal shape -> int32 codes."""
