@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -46,7 +47,7 @@ def turned() -> nn.Module:
 
 def crops(count: int) -> Tensor:
     """224 x 224 crops of scikit-learn's two photographs, half as large, normalised as the checkpoint expects."""
-    photographs = torch.tensor(load_sample_images().images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    photographs = torch.from_numpy(np.stack(load_sample_images().images)).permute(0, 3, 1, 2).float() / 127.5 - 1
     small = functional.interpolate(photographs, size=(256, 384), mode="area")
     corners = [(index % 2, 8 * (index % 5), 20 * (index % 9)) for index in range(count)]
     return torch.stack([small[image, :, top : top + 224, left : left + 224] for image, top, left in corners])
