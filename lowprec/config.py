@@ -114,8 +114,8 @@ class CalibrationConfig:
 class DistillationConfig:
     """Loss = (1 - weight) · cross-entropy + weight · T² · KL(teacher ‖ student); logits divided by T."""
 
-    weight: float = 0.0
-    temperature: float = 2.0
+    weight: float = 0.5
+    temperature: float = 4.0
 
 
 @dataclass

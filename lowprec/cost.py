@@ -143,7 +143,7 @@ def _full_precision_bytes(qmodel: nn.Module) -> int:
     statistics = [
         buffer.numel()
         for module in qmodel.modules()
-        if isinstance(module, nn.BatchNorm2d)
+        if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)
         for buffer in (module.running_mean, module.running_var)
         if buffer is not None
     ]

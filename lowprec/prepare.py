@@ -12,7 +12,7 @@ import torch
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, fx, nn
 
-from lowprec.graph.operations import Operation, plan
+from lowprec.graph.operations import Operation, UnsupportedModelError, plan
 from lowprec.graph.tracing import TracingError, check_same_function, module_path, trace
 from lowprec.layers import (
     ActivationQuantizer,
@@ -66,7 +66,12 @@ def prepare(model: nn.Module, recipe: Recipe | str | Path, example_inputs: Tenso
     traced = trace(model)
     check_same_function(model, traced, example_inputs)
     operations = plan(traced)
-    assignments = recipe.assign(_traits(operations, traced))
+    traits = _traits(operations, traced)
+    if not traits:
+        raise UnsupportedModelError(
+            f"{type(original).__name__} holds no convolution and no linear layer: nothing to quantize"
+        )
+    assignments = recipe.assign(traits)
     for assignment in assignments:
         log.info("%s", describe_assignment(assignment))
     _Builder(traced, {assignment.name: assignment.scheme for assignment in assignments}).build(operations)
@@ -239,12 +244,8 @@ class _Builder:
         return next(name for name in [base, *(f"{base}_{index}" for index in range(1, 10_000))] if name not in taken)
 
     def _add_module(self, name: str, module: nn.Module) -> str:
-        parent_name, _, child = name.rpartition(".")
-        parent = self.traced.get_submodule(parent_name)
-        if isinstance(parent, nn.Sequential | nn.ModuleList) or child in dict(parent.named_children()):
-            parent._modules[child] = module
-        else:
-            parent.add_module(child, module)
+        # Makes the containers on the way that tracing has left out because they held no module of their own.
+        self.traced.add_submodule(name, module)
         return name
 
 
@@ -254,7 +255,7 @@ def _inputs(operation: Operation) -> list[fx.Node]:
     return (nodes or operation.node.all_input_nodes)[: len(operation.inputs)]
 
 
-def _plain_norm(norm: nn.BatchNorm2d | None) -> nn.BatchNorm2d | None:
+def _plain_norm(norm: nn.BatchNorm2d | nn.SyncBatchNorm | None) -> nn.BatchNorm2d | nn.SyncBatchNorm | None:
     """timm's batch norm with an activation inside, without it; the same parameters and statistics."""
     if not isinstance(norm, BatchNormAct2d):
         return norm

@@ -258,3 +258,36 @@ def test_networks_of_timm_and_torchvision(name: str) -> None:
     assert {name for name, _ in quantized_layers(qmodel)} == layers
     calibrate(qmodel, [images])
     assert bool(torch.isfinite(qmodel(images)).all())
+
+
+class AddModule(nn.Module):
+    """A module without children: tracing keeps no container for it."""
+
+    def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return left + right
+
+
+class AddInContainer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 3, 3, padding=1)
+        self.tail = nn.ModuleDict({"add": AddModule()})
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.tail["add"](self.convolution(images), images)
+
+
+def test_an_add_in_a_module_of_its_own_gets_its_place() -> None:
+    qmodel = prepare(AddInContainer(), "w8a8", torch.randn(2, 3, 8, 8))
+    assert "tail.add.add" in dict(qmodel.named_modules())
+
+
+def test_a_model_without_weights_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="no convolution and no linear layer"):
+        prepare(nn.ReLU(), "w8a8", torch.randn(2, 3, 8, 8))
+
+
+def test_a_linear_layer_on_an_image_is_refused_by_name() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Linear(8, 5), nn.Flatten())
+    with pytest.raises(ValueError, match=r"layer 1: a linear layer takes \[B, I\]"):
+        prepare(model, "w8a8", torch.randn(2, 3, 8, 8))

@@ -37,7 +37,7 @@ class Operation:
     inputs: list[fx.Node] = field(default_factory=list)
     absorbed: list[fx.Node] = field(default_factory=list)
     activation: str = ""
-    norm: nn.BatchNorm2d | None = None
+    norm: nn.BatchNorm2d | nn.SyncBatchNorm | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -180,7 +180,7 @@ def _absorb(operation: Operation, modules: dict[str, nn.Module]) -> None:
         elif (
             operation.kind == "convolution" and operation.norm is None and not operation.activation and _is_norm(module)
         ):
-            assert isinstance(module, nn.BatchNorm2d)
+            assert isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)
             operation.norm = module
             if isinstance(module, BatchNormAct2d):
                 operation.activation = module_activation(module.act)

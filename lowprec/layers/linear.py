@@ -39,7 +39,7 @@ class QuantizedLayer(nn.Module):
         operator: nn.Conv2d | nn.Linear,
         scheme: WeightScheme,
         source: ActivationQuantizer,
-        norm: nn.BatchNorm2d | None = None,
+        norm: nn.BatchNorm2d | nn.SyncBatchNorm | None = None,
         activation: str = "",
         quantizer: ActivationQuantizer | None = None,
         name: str = "",
@@ -119,7 +119,7 @@ class QuantizedLayer(nn.Module):
         return values if self.norm is None else self.norm(values)
 
     @staticmethod
-    def _gain_and_offset(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    def _gain_and_offset(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> tuple[Tensor, Tensor]:
         if norm.running_mean is None or norm.running_var is None:
             raise ValueError("a batch norm without running statistics cannot be folded")
         gain = 1.0 / (norm.running_var.double() + norm.eps).sqrt()
@@ -150,4 +150,8 @@ class QuantizedLinear(QuantizedLayer):
     """Fake-quant ``nn.Linear``."""
 
     def operate(self, values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if values.dim() != 2:
+            raise ValueError(
+                f"layer {self.name}: a linear layer takes [B, I] here, not {list(values.shape)}; flatten in front of it"
+            )
         return functional.linear(values, weight, bias)
