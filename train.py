@@ -10,7 +10,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from lowprec.command_line import check, execute
+from lowprec.run.command_line import check, execute
 
 CONFIG_FOLDER = Path(__file__).resolve().parent / "conf"
 exit_codes: list[int] = []

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from lowprec.compose import compose_run
 from lowprec.config import RunConfig
+from lowprec.run.compose import compose_run
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG_FOLDER = REPOSITORY / "conf"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lowprec.compose import compose_run, run_name
 from lowprec.config import ConfigError, RunConfig, schema_keys
+from lowprec.run.compose import compose_run, run_name
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG_FOLDER = ROOT / "conf"
@@ -200,7 +200,7 @@ def test_train_stops_within_seconds_and_says_it_once(arguments: list[str], tmp_p
 
 def test_the_configuration_is_checked_before_torch_is_imported() -> None:
     code = (
-        "import sys; from lowprec.command_line import check; from pathlib import Path\n"
+        "import sys; from lowprec.run.command_line import check; from pathlib import Path\n"
         f"check(['seed=1'], Path({str(CONFIG_FOLDER)!r}))\n"
         "print([name for name in ('torch', 'lightning', 'timm', 'wandb') if name in sys.modules])"
     )

@@ -11,7 +11,7 @@ from conftest import CONFIG_FOLDER, compose
 from PIL import Image
 
 from lowprec.models import create_model, save_checkpoint
-from lowprec.run import run
+from lowprec.run.stages import run
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIG_FOLDER / "experiment").glob("*.yaml"))
 SMALL = ("logger=none", "trainer.progress=none", "trainer.threads=1", "calibration.images=8")

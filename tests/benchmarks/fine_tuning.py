@@ -26,10 +26,10 @@ from rich.console import Console
 from torch import Tensor
 
 import lowprec
-from lowprec.compose import compose_run
-from lowprec.full_precision import full_precision_model
 from lowprec.layers.weights import WeightQuantizer
-from lowprec.run_data import run_data
+from lowprec.run.compose import compose_run
+from lowprec.run.data import run_data
+from lowprec.run.full_precision import full_precision_model
 from lowprec.training.evaluation import top1
 from lowprec.training.fit import fit
 from lowprec.training.module import Classification

@@ -24,7 +24,6 @@ from lowprec.config import RunConfig
 from lowprec.cost import cost
 from lowprec.data import DataModule
 from lowprec.export.onnx import export_onnx
-from lowprec.full_precision import full_precision_model
 from lowprec.integer.convert import convert
 from lowprec.integer.model import IntegerModel
 from lowprec.integer.packed import save
@@ -32,8 +31,9 @@ from lowprec.models import load_checkpoint, save_checkpoint
 from lowprec.prepare import prepare
 from lowprec.report.summary import TOP1_ROWS, Summary, build_summary, cost_summary, plural, summary_table
 from lowprec.report.terminal import create_console
-from lowprec.run_data import evaluation_images, run_data
-from lowprec.run_directory import RunDirectory, write_text
+from lowprec.run.data import evaluation_images, run_data
+from lowprec.run.directory import RunDirectory, write_text
+from lowprec.run.full_precision import full_precision_model
 from lowprec.training.codes import CodeStatistics
 from lowprec.training.evaluation import Predictor, onnx_predictor, top1
 from lowprec.training.fit import fit
@@ -90,7 +90,7 @@ def run(config: RunConfig) -> Summary:
     if config.trainer.threads is not None:
         torch.set_num_threads(config.trainer.threads)
     if config.task != "train":
-        from lowprec.tasks import TASKS
+        from lowprec.run.tasks import TASKS
 
         return TASKS[config.task](config, console)
     return train(config, console)

@@ -13,11 +13,11 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from lowprec.compose import compose_run, run_config
 from lowprec.config import ConfigError, RunConfig
 from lowprec.report.summary import summary_table
 from lowprec.report.terminal import create_console
-from lowprec.run_directory import RunDirectory, RunInUseError
+from lowprec.run.compose import compose_run, run_config
+from lowprec.run.directory import RunDirectory, RunInUseError
 
 FAILED, WRONG_CONFIGURATION, INTERRUPTED = 1, 2, 130
 # These change what is composed, or take a value that looks like an override: Hydra itself has to read them.
@@ -75,7 +75,7 @@ def run_to_exit_code(config: RunConfig) -> int:
     from lowprec.integer.packed import PackedFileError
     from lowprec.models import CheckpointError
     from lowprec.recipe import RecipeError
-    from lowprec.run import run
+    from lowprec.run.stages import run
     from lowprec.training.checkpoints import Interrupted
     from lowprec.verify import VerificationError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from conftest import compose
 
-from lowprec.full_precision import baseline_file
+from lowprec.run.full_precision import baseline_file
 
 SAME = ["quant=w2a8_n64", "trainer.max_epochs=9", "optim.learning_rate=0.5", "data.root=/data", "data.num_workers=3"]
 SAME += ["logger=none", "run_id=mine", "calibration.images=9", "trainer.distillation.weight=0.5", "data.limit_test=9"]

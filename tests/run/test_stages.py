@@ -15,13 +15,13 @@ import pytest
 import yaml
 from conftest import FinishedRun, compose, start_train
 
-from lowprec.command_line import run_to_exit_code
 from lowprec.config import ConfigError
 from lowprec.data import DataError
 from lowprec.models import create_model, save_checkpoint
-from lowprec.run import run
-from lowprec.run_directory import RunDirectory, RunInUseError
-from lowprec.tasks import finished_run
+from lowprec.run.command_line import run_to_exit_code
+from lowprec.run.directory import RunDirectory, RunInUseError
+from lowprec.run.stages import run
+from lowprec.run.tasks import finished_run
 
 
 def without_seconds(summary: dict[str, Any]) -> dict[str, Any]:
@@ -283,7 +283,7 @@ def test_a_changed_file_does_not_pass_verification(
 def test_differing_codes_fail_the_run_after_its_table_and_summary(
     copied_digits_run: Callable[[], Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import lowprec.run as stages
+    from lowprec.run import stages
 
     def report_of(*arguments: Any, **keywords: Any) -> Any:
         report = honest(*arguments, **keywords)

@@ -13,13 +13,13 @@ from torch import fx
 from lowprec.config import ConfigError, RunConfig
 from lowprec.cost import cost
 from lowprec.export.onnx import export_onnx
-from lowprec.full_precision import build_model
 from lowprec.integer.packed import load
 from lowprec.models import load_checkpoint
 from lowprec.prepare import prepare
 from lowprec.report.summary import Summary, cost_rows, cost_summary
-from lowprec.run_data import evaluation_images, published_data_config, run_data
-from lowprec.run_directory import RunDirectory
+from lowprec.run.data import evaluation_images, published_data_config, run_data
+from lowprec.run.directory import RunDirectory
+from lowprec.run.full_precision import build_model
 from lowprec.training.checkpoints import BEST
 from lowprec.training.evaluation import onnx_predictor, top1
 from lowprec.verify import verify
