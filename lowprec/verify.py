@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from torch import Tensor, fx
 
 from lowprec.export.onnx import codes_name, zero_point
+from lowprec.export.runtime import onnx_session
 from lowprec.integer.model import IntegerModel, Step
 from lowprec.integer.operators import IntegerLayer
 from lowprec.numerics.fixed_point import scale_by_power_of_two
@@ -181,13 +181,6 @@ class OnnxCodes:
         values = torch.from_numpy(logits.astype(np.float64))
         results[self.last.name] = scale_by_power_of_two(values, -_exponent(self.last))
         return results
-
-
-def onnx_session(model: str | bytes) -> onnxruntime.InferenceSession:
-    """A session on the CPU, for a path or a serialized model, with ONNX Runtime's default optimizations."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only: it warns of unused initializers
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def _exponent(step: Step) -> Tensor:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+
+# Before torch is imported: two workers with two threads each on two cores wait for each other, ten times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import subprocess
 import sys
 from collections.abc import Callable

@@ -24,6 +24,7 @@ from lowprec.config import RunConfig
 from lowprec.cost import cost
 from lowprec.data import DataModule
 from lowprec.export.onnx import export_onnx
+from lowprec.export.runtime import onnx_predictor
 from lowprec.integer.convert import convert
 from lowprec.integer.model import IntegerModel
 from lowprec.integer.packed import save
@@ -35,7 +36,7 @@ from lowprec.run.data import evaluation_images, run_data
 from lowprec.run.directory import RunDirectory, write_text
 from lowprec.run.full_precision import full_precision_model
 from lowprec.training.codes import CodeStatistics
-from lowprec.training.evaluation import Predictor, onnx_predictor, top1
+from lowprec.training.evaluation import Predictor, top1
 from lowprec.training.fit import fit
 from lowprec.training.loggers import close_loggers, create_loggers, log_summary
 from lowprec.training.module import Classification
@@ -75,7 +76,8 @@ class Run:
 
     def example_images(self) -> Tensor:
         """Two images of the data's shape, [2, C, H, W]: batch norm in train mode takes no single one."""
-        return torch.zeros(2, *self.data.input_size)
+        # Random, so that checks of the traced graph see every path; drawn from a generator of their own.
+        return torch.randn(2, *self.data.input_size, generator=torch.Generator().manual_seed(0))
 
 
 def run(config: RunConfig) -> Summary:
@@ -205,7 +207,7 @@ def prove(current: Run, qmodel: fx.GraphModule, imodel: IntegerModel) -> None:
         figures = {name: getattr(report, name) for name in ("images", "compared_codes", "mismatched_codes")}
         directory.record("verify", figures)
     current.measure("integer", imodel)
-    current.measure("onnx", onnx_predictor(str(directory.onnx_file)))
+    current.measure("onnx", onnx_predictor(directory.onnx_file))
 
 
 def summarize(current: Run) -> Summary:

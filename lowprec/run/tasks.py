@@ -13,6 +13,7 @@ from torch import fx
 from lowprec.config import ConfigError, RunConfig
 from lowprec.cost import cost
 from lowprec.export.onnx import export_onnx
+from lowprec.export.runtime import onnx_predictor
 from lowprec.integer.packed import load
 from lowprec.models import load_checkpoint
 from lowprec.prepare import prepare
@@ -21,7 +22,7 @@ from lowprec.run.data import evaluation_images, published_data_config, run_data
 from lowprec.run.directory import RunDirectory
 from lowprec.run.full_precision import build_model
 from lowprec.training.checkpoints import BEST
-from lowprec.training.evaluation import onnx_predictor, top1
+from lowprec.training.evaluation import top1
 from lowprec.verify import verify
 
 
@@ -51,7 +52,7 @@ def evaluate_run(config: RunConfig, console: Console) -> Summary:
     data = run_data(directory.config)
     accuracies = {
         "integer": top1(load(directory.model_file), data.test_dataloader()),
-        "onnx": top1(onnx_predictor(str(directory.onnx_file)), data.test_dataloader()),
+        "onnx": top1(onnx_predictor(directory.onnx_file), data.test_dataloader()),
     }
     table = Table("file", "top-1", title=f"{directory.path}, {data.sizes['test']:,} test images", title_justify="left")
     table.add_row(directory.model_file.name, f"{accuracies['integer']:.2%}")

@@ -35,18 +35,3 @@ def top1(predict: Predictor, batches: Iterable[tuple[Tensor, Tensor]], device: t
     if total == 0:
         raise ValueError("no images to measure accuracy on")
     return correct / total
-
-
-def onnx_predictor(path: str) -> Predictor:
-    """Runs an ONNX file on the CPU with ONNX Runtime: one input, float images; the first output, logits."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors alone
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-
-    def predict(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {name: images.numpy()})[0])
-
-    return predict

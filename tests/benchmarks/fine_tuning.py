@@ -73,8 +73,8 @@ STUDIES: dict[str, list[Variant]] = {
         Variant(f"distillation weight {weight}", (f"trainer.distillation.weight={weight}",)) for weight in (0, 0.5, 0.9)
     ],
     "classifier": [
-        Variant("ternary classifier"),
-        Variant("8-bit classifier", ('quant.rules=[{pattern: "@classifier", bits: 8}]',)),
+        Variant("ternary classifier", ("quant.rules=[]",)),
+        Variant("8-bit classifier"),
     ],
 }
 

@@ -16,6 +16,7 @@ from torch import nn
 
 import lowprec
 from lowprec.export import onnx as onnx_export
+from lowprec.export.runtime import onnx_session
 from lowprec.integer.model import IntegerModel, Step
 from lowprec.integer.operators import (
     Grid,
@@ -28,7 +29,6 @@ from lowprec.integer.operators import (
     IntegerOperator,
 )
 from lowprec.models.cifar_resnet import CifarResNet
-from lowprec.verify import onnx_session
 
 INTEGER_KERNELS = {
     "QLinearConv",
