@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from lowprec.run.command_line import check, execute
 
 # How long a thread of torch's waits actively for the others before it sleeps (read when torch is imported). By default
-# so long that small layers take 40 times their time when anything else runs on the machine; so, twice.
+# so long that small layers take 40 times their time when anything else runs on the machine; with this, 3 times.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 CONFIG_FOLDER = Path(__file__).resolve().parent / "conf"
