@@ -10,9 +10,17 @@ from lowprec.numerics.pooling import window_sizes
 @pytest.mark.parametrize("size", [(7, 9), (6, 6)])
 @pytest.mark.parametrize("kernel", [(2, 2), (3, 2), (3, 3)])
 @pytest.mark.parametrize("stride", [(1, 1), (2, 2)])
-@pytest.mark.parametrize("padding", [(0, 0), (1, 1), (1, 0)])
-@pytest.mark.parametrize("ceil_mode", [False, True])
-@pytest.mark.parametrize("count_include_pad", [False, True])
+@pytest.mark.parametrize(
+    ("padding", "ceil_mode", "count_include_pad"),
+    [
+        (padding, ceil_mode, count_include_pad)
+        for padding in ((0, 0), (1, 1), (1, 0))
+        for ceil_mode in (False, True)
+        for count_include_pad in (False, True)
+        # Refused while planning: windows over padding that counts are clipped by rules of their own.
+        if not (ceil_mode and count_include_pad and any(padding))
+    ],
+)
 def test_against_average_pooling(
     size: tuple[int, int],
     kernel: tuple[int, int],
@@ -21,8 +29,6 @@ def test_against_average_pooling(
     ceil_mode: bool,
     count_include_pad: bool,
 ) -> None:
-    if ceil_mode and count_include_pad and any(padding):
-        pytest.skip("refused while planning: windows over padding that counts are clipped by rules of their own")
     values = torch.randint(0, 255, (2, 3, *size), generator=torch.Generator().manual_seed(0)).double()
     sums = functional.avg_pool2d(values, kernel, stride, padding, ceil_mode, True, divisor_override=1)
     sizes = window_sizes(torch.ones(1, 1, *size).double(), kernel, stride, padding, ceil_mode, count_include_pad)
