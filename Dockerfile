@@ -19,5 +19,7 @@ RUN mkdir lowprec && touch lowprec/__init__.py \
 
 COPY --chown=lowprec . .
 
+# Made here, so that the volume belongs to the user and not to root.
+RUN mkdir runs
 VOLUME /app/runs
 CMD ["python", "train.py"]

@@ -6,6 +6,7 @@ it again.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -70,7 +71,7 @@ class IntegerInput(IntegerOperator):
         return quantize(images.float(), exponent, CodeRange(self.output.low, self.output.high)).to(torch.int32)
 
 
-class IntegerLayer(IntegerOperator):
+class IntegerLayer(IntegerOperator, ABC):
     """Convolution or matrix product of codes: int32 sums of code products, plus an int32 bias, then a shift.
 
     codes: int8, the weight's shape; mantissas: int8 [O, G, 1, 1 or P], absent for 8-bit weights; exponents: int8 [O];
@@ -132,9 +133,9 @@ class IntegerLayer(IntegerOperator):
         """Exponents [O] (int32) of the sums: input exponent + weight exponent."""
         return self.exponents.to(torch.int32) + self.input.exponent
 
+    @abstractmethod
     def sums(self, codes: Tensor) -> Tensor:
         """The int32 sums without the bias."""
-        raise NotImplementedError
 
     def forward(self, codes: Tensor) -> Tensor:
         """int32 codes -> int32 codes, channels on axis 1; the sums themselves where there is no output grid."""

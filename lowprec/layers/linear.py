@@ -6,6 +6,7 @@ bias with the batch norm folded in, rounded just as the integer model holds them
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ class FoldedLayer(NamedTuple):
     bias: Tensor
 
 
-class QuantizedLayer(nn.Module):
+class QuantizedLayer(nn.Module, ABC):
     """What convolution and linear layers share.
 
     name: its place in the model, for messages. norm: the batch norm that follows, or None. activation: "", "relu" or
@@ -59,9 +60,9 @@ class QuantizedLayer(nn.Module):
         self.weight_quantizer.to(operator.weight.device)
         self.weight_quantizer.solve(operator.weight, name)
 
+    @abstractmethod
     def operate(self, values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The convolution or matrix product with that weight and bias."""
-        raise NotImplementedError
 
     @property
     def source(self) -> ActivationQuantizer:
