@@ -7,6 +7,7 @@ imports no torch, so that a mistyped key stops a run at once.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -258,7 +259,8 @@ def _keys_of(kind: type, prefix: str = "") -> Iterator[str]:
 
 
 def _require(key: str, value: object, condition: bool, expected: str) -> None:
-    if not condition:
+    endless = isinstance(value, float) and not math.isfinite(value)
+    if not condition or endless:
         raise ConfigError(f"{key}={value}: expected {expected}")
 
 

@@ -147,7 +147,7 @@ class Recipe:
                 "activations": ActivationScheme(
                     **_checked(ActivationScheme, content.get("activations") or {}, "quant.activations")
                 ),
-                "rules": [Rule(**_checked(Rule, rule, f"quant.rules[{index}]")) for index, rule in enumerate(rules)],
+                "rules": [_rule(rule, f"quant.rules[{index}]") for index, rule in enumerate(rules)],
             }
         )
         recipe.validate()
@@ -202,6 +202,16 @@ class Recipe:
                 schemes[name] = replace(schemes[name], **rule.changes())
                 applied[name].append(rule.pattern)
         return [LayerAssignment(layer.name, schemes[layer.name], tuple(applied[layer.name])) for layer in layers]
+
+
+def _rule(content: Any, key: str) -> Rule:
+    checked = _checked(Rule, content, key)
+    if "pattern" not in checked:
+        roles = ", ".join("@" + role for role in ROLES)
+        raise RecipeError(
+            f"{key} has no pattern: give a layer name with wildcards (* for all layers), or one of {roles}"
+        )
+    return Rule(**checked)
 
 
 def check_weight_scheme(scheme: WeightScheme, key: str) -> None:

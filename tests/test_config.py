@@ -97,6 +97,8 @@ def test_a_wrong_type_is_named(override: str, parts: list[str]) -> None:
         "quant.activations.bits=4",
         "optim.learning_rate=-1",
         "optim.learning_rate=0",
+        "optim.learning_rate=inf",
+        "trainer.distillation.temperature=inf",
         "optim.weight_decay=-0.1",
         "optim.momentum=1",
         "optim.betas=[0.9]",

@@ -13,7 +13,11 @@ from PIL import Image
 from lowprec.models import create_model, save_checkpoint
 from lowprec.run.stages import run
 
-EXPERIMENTS = sorted(path.stem for path in (CONFIG_FOLDER / "experiment").glob("*.yaml"))
+EXPERIMENTS = sorted(
+    path.stem
+    for path in (CONFIG_FOLDER / "experiment").glob("*.yaml")
+    if path.stem != "custom"  # a blank sheet
+)
 SMALL = ("logger=none", "trainer.progress=none", "trainer.threads=1", "calibration.images=8")
 FASHION_MNIST = [name for name in EXPERIMENTS if name.startswith("fashion_mnist")]
 IMAGENET = [name for name in EXPERIMENTS if name.startswith("imagenet")]

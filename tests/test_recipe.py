@@ -112,3 +112,8 @@ def test_files(tmp_path: Path) -> None:
     for missing in ("w3a8", tmp_path / "none.yaml"):
         with pytest.raises(RecipeError, match=r"no recipe .*w2a8_n4, w2a8_n64, w4a8_n4, w8a8"):
             Recipe.load(missing)
+
+
+def test_a_rule_without_a_pattern_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"quant.rules\[0\] has no pattern"):
+        Recipe.from_dict({"rules": [{"bits": 8}]})

@@ -121,7 +121,7 @@ class DataModule(LightningDataModule, ABC):
 
         Raises:
             DataError: missing, damaged or wrongly laid out files.
-            ValueError: too few images for the options.
+            DataError: too few images for the options.
         """
         if self._splits is not None:
             return

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lowprec.data.epochs import generator_of
+from lowprec.data.sources import DataError
 
 __all__ = ["Splits", "split", "stratified_order"]
 
@@ -56,7 +57,7 @@ def split(
     split in proportion; ``limit_test`` leaves that many test images.
 
     Raises:
-        ValueError: nothing is left to train on or to validate on.
+        DataError: nothing is left to train on or to validate on.
     """
     order = stratified_order(train_labels, "train", seed)
     if validation_labels is None:
@@ -65,8 +66,9 @@ def split(
     else:
         validation, train = stratified_order(validation_labels, "validation", seed), order
     if len(train) == 0 or len(validation) == 0:
-        raise ValueError(
-            f"{len(train_labels)} training images are too few for a validation share of {validation_share}"
+        raise DataError(
+            f"{len(train_labels)} training images are too few for data.validation_share={validation_share}: give another "
+            "share, or more images"
         )
     if limit_train is not None and limit_train < len(train):
         validation = validation[: max(1, round(len(validation) * limit_train / len(train)))]

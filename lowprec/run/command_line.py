@@ -76,12 +76,12 @@ def run_to_exit_code(config: RunConfig) -> int:
     from lowprec.models import CheckpointError
     from lowprec.recipe import RecipeError
     from lowprec.run.stages import run
-    from lowprec.training.checkpoints import Interrupted
+    from lowprec.training.checkpoints import Interrupted, TrainingDiverged
     from lowprec.verify import VerificationError
 
     failures = (
         *(DataError, CheckpointError, PackedFileError, RunInUseError, Timeout),
-        *(TracingError, UnsupportedModelError, ConversionError, VerificationError),
+        *(TracingError, UnsupportedModelError, ConversionError, VerificationError, TrainingDiverged),
     )
     try:
         run(config)

@@ -10,13 +10,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock
 from lightning.pytorch import seed_everything
 from rich.console import Console
 from torch import nn
 
 from lowprec.config import ConfigError, RunConfig
-from lowprec.models import create_model, load_checkpoint, save_checkpoint
+from lowprec.models import CheckpointError, create_model, load_checkpoint, save_checkpoint
 from lowprec.training.fit import fit
 from lowprec.training.module import Classification
 
@@ -56,7 +57,19 @@ def full_precision_model(config: RunConfig, data: Any, console: Console) -> nn.M
         # Built anew, so that a run goes on from the same tensors whether the baseline was trained just now or found.
         model = build_model(config, num_classes=data.num_classes)
         load_checkpoint(model, path)
+    _check_finite(model, config)
     return model.eval()
+
+
+def _check_finite(model: nn.Module, config: RunConfig) -> None:
+    """Raises CheckpointError, before anything is measured or trained, for weights that are infinite or NaN."""
+    for name, tensor in model.state_dict().items():
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            raise CheckpointError(
+                f"{config.model.checkpoint or config.model.name}: {bad} of {tensor.numel()} values of {name} are infinite "
+                "or NaN; the checkpoint is damaged, or its training diverged"
+            )
 
 
 def baseline_file(config: RunConfig) -> Path:

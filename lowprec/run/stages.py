@@ -34,7 +34,7 @@ from lowprec.report.summary import TOP1_ROWS, Summary, build_summary, cost_summa
 from lowprec.report.terminal import create_console
 from lowprec.run.data import evaluation_images, run_data
 from lowprec.run.directory import RunDirectory, write_text
-from lowprec.run.full_precision import full_precision_model
+from lowprec.run.full_precision import build_model, full_precision_model
 from lowprec.training.codes import CodeStatistics
 from lowprec.training.evaluation import Predictor, top1
 from lowprec.training.fit import fit
@@ -128,6 +128,7 @@ def train(config: RunConfig, console: Console) -> Summary:
 
 
 def _all_stages(current: Run, loggers: list[Logger]) -> Summary:
+    check_quantizable(current)
     full_precision = full_precision_model(current.config, current.data, current.console)
     current.measure("full_precision", full_precision, current.device)
     qmodel = quantize(current, full_precision)
@@ -135,6 +136,17 @@ def _all_stages(current: Run, loggers: list[Logger]) -> Summary:
     imodel = ship(current, qmodel)
     prove(current, qmodel, imodel)
     return summarize(current)
+
+
+def check_quantizable(current: Run) -> None:
+    """Prepares the architecture on the meta device: rules and operators are refused before anything is trained.
+
+    Raises:
+        RecipeError: a rule matches no layer. UnsupportedModelError, TracingError: the model has no integer form.
+    """
+    with torch.device("meta"):
+        model = build_model(current.config, num_classes=current.data.num_classes).eval()
+        prepare(model, current.config.recipe, torch.empty(2, *current.data.input_size))
 
 
 def quantize(current: Run, full_precision: nn.Module) -> fx.GraphModule:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 from collections.abc import Iterator
@@ -21,6 +22,10 @@ LAST = "last.ckpt"
 
 class Interrupted(Exception):
     """Training was stopped by Ctrl-C; its state up to the last whole step is in ``last.ckpt``."""
+
+
+class TrainingDiverged(RuntimeError):
+    """The training loss became infinite or NaN; checkpoints of the epochs before it are kept."""
 
 
 class BestAndLast(Checkpoint):
@@ -63,6 +68,12 @@ class BestAndLast(Checkpoint):
             raise Interrupted
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        loss = float(trainer.callback_metrics["train/loss"])
+        if not math.isfinite(loss):
+            raise TrainingDiverged(
+                f"training diverged: the loss of epoch {trainer.current_epoch + 1} is {loss}. Lower optim.learning_rate "
+                "(baseline.optim.learning_rate for the full-precision model), or set trainer.gradient_clip"
+            )
         top1 = float(trainer.callback_metrics["val/top1"])
         if top1 > self.best_top1:
             self.best_top1, self.best_epoch = top1, trainer.current_epoch

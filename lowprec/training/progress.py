@@ -18,6 +18,10 @@ class EpochLines(Callback):
         self.console = console
         self._started = 0.0
 
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        # A run that goes on in the middle of an epoch does not start that epoch.
+        self._started = time.monotonic()
+
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._started = time.monotonic()
 

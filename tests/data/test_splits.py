@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lowprec.data.sources import DataError
 from lowprec.data.splits import Splits, split, stratified_order
 
 LABELS = torch.randint(0, 10, (1000,), generator=torch.Generator().manual_seed(1))
@@ -68,5 +69,5 @@ def test_small_share_still_validates_on_an_image() -> None:
 
 
 def test_too_few_images() -> None:
-    with pytest.raises(ValueError, match="too few"):
+    with pytest.raises(DataError, match="too few"):
         divide(train=torch.zeros(1, dtype=torch.int64))

@@ -340,3 +340,20 @@ def test_data_errors_are_not_hidden_from_those_who_call_run(tmp_path: Path) -> N
     config = compose(f"runs_dir={tmp_path}", "data=image_folder", "data.root=/nowhere", "model=resnet18")
     with pytest.raises(DataError, match="/nowhere"):
         run(config)
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "message"),
+    [
+        ('quant.rules=[{pattern: "nosuch*", bits: 8}]', 2, "matches none of the 10 layers"),
+        ("model.name=timm:mobilenetv3_small_050", 1, "Hardswish"),
+    ],
+)
+def test_what_cannot_be_quantized_is_refused_before_anything_is_trained(
+    override: str, code: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    extra = ["model=resnet18", "model.pretrained=false"] if override.startswith("model") else []
+    config = compose("experiment=digits_smoke", f"runs_dir={tmp_path}", override, *extra)
+    assert run_to_exit_code(config) == code
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "baselines").exists()

@@ -21,7 +21,7 @@ from lowprec.data import DataModule, create_data
 from lowprec.models import checkpoint_metadata, create_model
 from lowprec.prepare import prepare
 from lowprec.recipe import Recipe
-from lowprec.training.checkpoints import BEST, LAST, Interrupted
+from lowprec.training.checkpoints import BEST, LAST, Interrupted, TrainingDiverged
 from lowprec.training.evaluation import top1
 from lowprec.training.fit import fit
 from lowprec.training.module import Classification
@@ -178,3 +178,20 @@ def test_a_line_per_epoch_where_there_is_no_terminal(data: DataModule, tmp_path:
     assert len(lines) == 2
     assert lines[1].startswith("fine-tuning  epoch 2/2  loss ")
     assert "validation top-1" in lines[1]
+
+
+class Poison(Callback):
+    """Makes the weights NaN in the second epoch, as too large a learning rate would."""
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            for parameter in pl_module.parameters():
+                torch.nn.init.constant_(parameter, float("nan"))
+
+
+def test_a_diverged_training_stops_and_keeps_what_was_good(data: DataModule, tmp_path: Path) -> None:
+    model = create_model("cifar_resnet8", in_channels=1, num_classes=10, width=4)
+    with pytest.raises(TrainingDiverged, match="the loss of epoch 2 is nan"):
+        train(model, data, tmp_path, callbacks=[Poison()])
+    assert checkpoint_metadata(tmp_path / BEST)["epoch"] == "1"
+    assert torch.load(tmp_path / LAST, weights_only=True)["epoch"] == 0
