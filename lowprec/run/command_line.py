@@ -1,13 +1,11 @@
 """What ``train.py`` does around a run: refuses a wrong command line at once, and turns expected failures into exit
 codes.
 
-Exit codes: 0 done, 1 the run failed (data, checkpoint, or differing codes), 2 the configuration is wrong, 130 Ctrl-C,
-143 SIGTERM.
+Exit codes: 0 done, 1 the run failed (data, checkpoint, or differing codes), 2 the configuration is wrong, 130 Ctrl-C.
 """
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,7 +19,7 @@ from lowprec.report.terminal import create_console
 from lowprec.run.compose import compose_run, run_config
 from lowprec.run.directory import RunDirectory, RunInUseError
 
-FAILED, WRONG_CONFIGURATION = 1, 2
+FAILED, WRONG_CONFIGURATION, INTERRUPTED = 1, 2, 130
 # These change what is composed, or take a value that looks like an override: Hydra itself has to read them.
 _HYDRA_FLAGS = (
     "--config-dir",
@@ -93,10 +91,10 @@ def run_to_exit_code(config: RunConfig) -> int:
     except failures as error:
         _complain(error)
         return FAILED
-    except (Interrupted, KeyboardInterrupt) as stop:
+    except (Interrupted, KeyboardInterrupt):
         command = "the same command without fresh=true" if config.fresh else "the same command"
         print(f"\nstopped; {command} goes on with the run {config.runs_dir}/{config.run_id}", file=sys.stderr)
-        sys.exit(128 + getattr(stop, "signal", signal.SIGINT))  # also ends a sweep
+        sys.exit(INTERRUPTED)  # also ends a sweep
     return 0
 
 

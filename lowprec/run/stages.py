@@ -86,7 +86,7 @@ def run(config: RunConfig) -> Summary:
     Raises:
         ConfigError: no such model, data set or run. DataError, CheckpointError: files are missing or wrong.
         VerificationError: the integer model or the ONNX file differs from what was validated.
-        Interrupted: Ctrl-C or SIGTERM in a training; the same configuration goes on from there.
+        Interrupted: the user pressed Ctrl-C in a training; the same configuration goes on from there.
     """
     console = create_console()
     if config.trainer.threads is not None:

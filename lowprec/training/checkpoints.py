@@ -1,4 +1,4 @@
-"""Checkpoints of a training: the best weights by validation accuracy, the last state, and what a signal leaves."""
+"""Checkpoints of a training: the best weights by validation accuracy, the last state, and one that Ctrl-C leaves."""
 
 from __future__ import annotations
 
@@ -18,15 +18,10 @@ from lowprec.models import save_checkpoint
 
 BEST = "best.safetensors"
 LAST = "last.ckpt"
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(Exception):
-    """Training was stopped by a signal (Ctrl-C, SIGTERM); its state up to the last whole step is in ``last.ckpt``."""
-
-    def __init__(self, number: int = signal.SIGINT) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.signal = number
+    """Training was stopped by Ctrl-C; its state up to the last whole step is in ``last.ckpt``."""
 
 
 class TrainingDiverged(RuntimeError):
@@ -36,15 +31,15 @@ class TrainingDiverged(RuntimeError):
 class BestAndLast(Checkpoint):
     """Keeps ``best.safetensors`` (weights alone) and ``last.ckpt`` (everything, to go on from) in ``folder``.
 
-    Both are written after every epoch, under another name first and renamed. Ctrl-C and SIGTERM only set a flag: the
-    step in hand is finished, ``last.ckpt`` is written, and :class:`Interrupted` is raised. A second one stops at once.
+    Both are written after every epoch, under another name first and renamed. Ctrl-C only sets a flag: the step in
+    hand is finished, ``last.ckpt`` is written, and :class:`Interrupted` is raised. A second Ctrl-C stops at once.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.best_top1 = -1.0
         self.best_epoch = -1
-        self._stop: int | None = None
+        self._stop = False
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_top1": self.best_top1, "best_epoch": self.best_epoch}
@@ -54,25 +49,23 @@ class BestAndLast(Checkpoint):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Within it, signals to stop are heard here; outside of the main thread, where none arrive, nothing changes."""
-        previous = self._listen()
+        """Within it, Ctrl-C is heard here; outside of the main thread, where signals do not arrive, nothing changes."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = signal.signal(signal.SIGINT, self._on_signal)
         try:
             yield
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        # Lightning has put its own handler in place by now, which ends the process at SIGTERM, unsaved and with code 0.
-        self._listen()
+            signal.signal(signal.SIGINT, previous)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # After an epoch's last step its validation follows, and then on_train_epoch_end below.
-        if self._stop is not None and not trainer.is_last_batch:
+        if self._stop and not trainer.is_last_batch:
             trainer.save_checkpoint(self.folder / LAST)
-            raise Interrupted(self._stop)
+            raise Interrupted
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         loss = float(trainer.callback_metrics["train/loss"])
@@ -87,15 +80,10 @@ class BestAndLast(Checkpoint):
             metadata = {"epoch": str(self.best_epoch + 1), "validation_top1": f"{top1:.6f}"}
             save_checkpoint(pl_module.model, self.folder / BEST, metadata)  # type: ignore[arg-type]
         trainer.save_checkpoint(self.folder / LAST)
-        if self._stop is not None:
-            raise Interrupted(self._stop)
-
-    def _listen(self) -> dict[int, Any]:
-        if threading.current_thread() is not threading.main_thread():
-            return {}
-        return {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
+        if self._stop:
+            raise Interrupted
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._stop is not None:
-            raise Interrupted(number)
-        self._stop = number
+        if self._stop:
+            raise Interrupted
+        self._stop = True

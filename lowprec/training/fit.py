@@ -55,7 +55,7 @@ def fit(
         The epoch, from 1, that the best weights come from.
 
     Raises:
-        Interrupted: Ctrl-C or SIGTERM; ``last.ckpt`` holds the state after the last whole step.
+        Interrupted: the user pressed Ctrl-C; ``last.ckpt`` holds the state after the last whole step.
     """
     _quiet_lightning()
     checkpoints = BestAndLast(folder)
