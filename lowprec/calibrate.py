@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from lowprec.layers import ActivationQuantizer, QuantizedLayer, quantized_layers
+from lowprec.layers import ActivationQuantizer, QuantizedLayer
 from lowprec.numerics.calibrators import choose_exponent
 from lowprec.numerics.fixed_point import dequantize, quantize
 from lowprec.prepare import full_precision
@@ -74,8 +74,8 @@ def _reference_statistics(qmodel: fx.GraphModule, images: list[Tensor]) -> dict[
     """Statistics of what goes into each batch norm in full precision, by the layer's name."""
     sums: dict[str, _ChannelSums] = {}
     handles = []
-    for name, layer in quantized_layers(qmodel):
-        if layer.norm is not None:
+    for name, layer in qmodel.named_modules():
+        if isinstance(layer, QuantizedLayer) and layer.norm is not None:
             sums[name] = _ChannelSums()
             handles.append(layer.norm.register_forward_pre_hook(_recorder(sums[name])))
     try:
@@ -134,6 +134,8 @@ class _Walk:
                 # Its arguments, not all_input_nodes: that names a tensor once that is added to itself.
                 inputs = [self.values[used] for used in node.args if isinstance(used, fx.Node)]
                 self.values[node] = self._visit(str(node.target), inputs)
+            elif node.op in ("call_function", "call_method"):
+                self.values[node] = [self._move(node, index) for index in range(len(images))]
             for used in node.all_input_nodes:
                 if last_use[used] is node:
                     self.values.pop(used, None)
@@ -147,9 +149,33 @@ class _Walk:
             _correct(module, self.reference[name], [_unpacked(batch[0]) for batch in batches])
         if getattr(module, "quantizer", None) is None:
             # No quantizer of its own: it hands on the grid of its input, or its output is the network's.
-            return [module(*map(_unpacked, batch)) for batch in batches]
+            results = [module(*map(_unpacked, batch)) for batch in batches]
+            if isinstance(module, QuantizedLayer) or not isinstance(batches[0][0], _Codes):
+                return results
+            quantizer = batches[0][0].quantizer
+            return [_coded(quantize(result, quantizer.exponent, quantizer.codes), quantizer) for result in results]
         outputs = [module.unquantized(*map(_unpacked, batch)) for batch in batches]  # type: ignore[operator]
         return self._quantized(name, module.quantizer, outputs)  # type: ignore[arg-type]
+
+    def _move(self, node: fx.Node, batch: int) -> Any:
+        """What a call without a module gives for one batch: numbers taken from shapes, or codes that are moved."""
+        quantizers = []
+
+        def tensor_of(stored: Any) -> Any:
+            if isinstance(stored, _Codes):
+                quantizers.append(stored.quantizer)
+                return stored.codes.float()  # not all movements take 8-bit integers
+            return tuple(map(tensor_of, stored)) if isinstance(stored, tuple) else stored
+
+        arguments, keywords = fx.map_arg((node.args, node.kwargs), lambda used: tensor_of(self.values[used][batch]))
+        if node.op == "call_method":
+            result = getattr(arguments[0], str(node.target))(*arguments[1:], **keywords)
+        else:
+            result = node.target(*arguments, **keywords)  # type: ignore[operator]
+        if isinstance(result, Tensor):
+            return _coded(result, quantizers[0])
+        moved = isinstance(result, tuple | list) and any(isinstance(item, Tensor) for item in result)
+        return tuple(_coded(item, quantizers[0]) for item in result) if moved else result
 
     def _quantized(self, name: str, quantizer: ActivationQuantizer, outputs: list[Tensor]) -> list[Any]:
         try:
@@ -158,15 +184,22 @@ class _Walk:
             raise ValueError(f"calibrating the output of {name}: {error}") from error
         quantizer.set_exponent(exponent)
         log.debug("%s: exponent %d", name, exponent)
-        dtype = torch.int8 if quantizer.signed else torch.uint8
-        return [(quantize(output, quantizer.exponent, quantizer.codes).to(dtype), quantizer) for output in outputs]
+        return [_coded(quantize(output, quantizer.exponent, quantizer.codes), quantizer) for output in outputs]
+
+
+class _Codes(NamedTuple):
+    """A tensor as calibration keeps it: 8-bit codes, and the quantizer on whose grid they lie."""
+
+    codes: Tensor
+    quantizer: ActivationQuantizer
+
+
+def _coded(codes: Tensor, quantizer: ActivationQuantizer) -> _Codes:
+    return _Codes(codes.to(torch.int8 if quantizer.signed else torch.uint8), quantizer)
 
 
 def _unpacked(stored: Any) -> Tensor:
-    if isinstance(stored, Tensor):
-        return stored
-    codes, quantizer = stored
-    return dequantize(codes, quantizer.exponent)
+    return dequantize(stored.codes, stored.quantizer.exponent) if isinstance(stored, _Codes) else stored
 
 
 def _correct(layer: QuantizedLayer, reference: ChannelStatistics, inputs: list[Tensor]) -> None:

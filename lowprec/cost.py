@@ -14,12 +14,12 @@ from math import prod
 import torch
 from torch import Tensor, fx, nn
 
-from lowprec.layers import QuantizedLayer
+from lowprec.layers import QuantizedBatchNorm2d, QuantizedLayer, QuantizedLookup
 from lowprec.numerics.packing import packed_layout
 from lowprec.prepare import full_precision
 
 # safetensors' names of the dtypes in a packed file, and the file's fixed parts: length field and metadata.
-_DTYPE_NAMES = {torch.uint8: "U8", torch.int8: "I8", torch.int32: "I32"}
+_DTYPE_NAMES = {torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32"}
 _FILE_METADATA = {"format": "lowprec", "version": "1", "checksum": "00000000"}
 # The compressed graph of a packed file, measured on ResNets of 8 to 101 layers (tests/test_cost.py holds it to 3 %).
 GRAPH_BYTES, GRAPH_BYTES_PER_STEP = 390, 11
@@ -106,21 +106,23 @@ def cost(qmodel: fx.GraphModule, example_inputs: Tensor) -> Costs:
 
     def record(name: str) -> object:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            layers.append(_layer_cost(name, module, prod(output.shape[2:])))
+            layers.append(_layer_cost(name, module, output))
 
         return hook
 
     for name, module in meta_model.named_modules():
-        if isinstance(module, QuantizedLayer | nn.Conv2d | nn.Linear):
-            module.register_forward_hook(record(name))  # type: ignore[arg-type]
+        multiplies = isinstance(module, QuantizedLayer | nn.Conv2d | nn.Linear)
+        if multiplies and not isinstance(module, QuantizedBatchNorm2d):
+            module.register_forward_hook(record(name))
     with full_precision(meta_model), torch.no_grad():
         meta_model(torch.empty(1, *example_inputs.shape[1:], device="meta"))
     return Costs(layers, _full_precision_bytes(qmodel), _packed_bytes(qmodel))
 
 
-def _layer_cost(name: str, module: nn.Module, positions: int) -> LayerCost:
+def _layer_cost(name: str, module: nn.Module, output: Tensor) -> LayerCost:
     weight = module.weight
     assert isinstance(weight, Tensor)
+    positions = output[0].numel() // len(weight)
     macs = positions * weight.numel()
     multiplications, bits, cluster_size = macs, 32, 1
     storage_bits = 32 * weight.numel()
@@ -167,5 +169,7 @@ def _packed_bytes(qmodel: fx.GraphModule) -> int:
         if isinstance(module, QuantizedLayer):
             for key, (dtype, shape) in packed_layout(module.scheme.bits, module.weight_quantizer.layout).items():
                 add(f"{name}.{key}", dtype, shape)
+        elif isinstance(module, QuantizedLookup):
+            add(f"{name}.table", torch.int16, module.table_shape)
     add("graph", torch.uint8, (graph_bytes,))
     return 8 + len(json.dumps(header, separators=(",", ":"))) + offset

@@ -9,17 +9,24 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, fx, nn
 
-from lowprec.graph.operations import Operation, UnsupportedModelError, plan
-from lowprec.graph.tracing import TracingError, check_same_function, module_path, trace
+from lowprec.graph.nodes import module_path, tensors_of
+from lowprec.graph.norm_activations import split_norm_activations
+from lowprec.graph.operation import Operation
+from lowprec.graph.operations import UnsupportedModelError, plan
+from lowprec.graph.pointwise import can_be_negative
+from lowprec.graph.tracing import TracingError, check_same_function, trace
 from lowprec.layers import (
     ActivationQuantizer,
     QuantizedAdd,
     QuantizedAveragePool,
+    QuantizedBatchNorm2d,
+    QuantizedConcatenation,
     QuantizedConv2d,
     QuantizedLinear,
+    QuantizedLookup,
+    QuantizedMultiply,
     QuantizedReLU,
     quantized_layers,
 )
@@ -64,8 +71,9 @@ def prepare(model: nn.Module, recipe: Recipe | str | Path, example_inputs: Tenso
             check_finite(tensor, name)
     original, model = model, copy.deepcopy(model)
     traced = trace(model)
-    check_same_function(model, traced, example_inputs)
-    operations = plan(traced)
+    check_same_function(original, traced, example_inputs)
+    split_norm_activations(traced)
+    operations = plan(traced, recipe.activations.residual)
     traits = _traits(operations, traced)
     if not traits:
         raise UnsupportedModelError(
@@ -170,10 +178,12 @@ class _Builder:
             self.traced.get_submodule(name),  # type: ignore[arg-type]
             self.schemes[name],
             self._source(operation),
-            norm=_plain_norm(operation.norm),
+            norm=operation.norm,
             activation=operation.activation,
             quantizer=quantizer,
             name=name,
+            shortcut=None if operation.shortcut is None else self.source[self._shortcut(operation)],
+            flatten=operation.options.get("flatten", False),
         )
         self._replace(operation, name, layer, quantizer)
 
@@ -183,12 +193,32 @@ class _Builder:
     def _build_linear(self, operation: Operation) -> None:
         self._build_layer(operation, QuantizedLinear)
 
-    def _build_add(self, operation: Operation) -> None:
-        left, right = (self.source[node] for node in _inputs(operation))
-        quantizer = ActivationQuantizer(signed=not operation.activation and (left.signed or right.signed))
-        self._replace(
-            operation, self._free_name(operation, "add"), QuantizedAdd(operation.activation, quantizer), quantizer
+    def _build_batch_norm(self, operation: Operation) -> None:
+        name = str(operation.node.target)
+        quantizer = ActivationQuantizer(signed=not operation.activation)
+        layer = QuantizedBatchNorm2d(
+            operation.options["module"],
+            self._source(operation),
+            activation=operation.activation,
+            quantizer=quantizer,
+            name=name,
         )
+        self._replace(operation, name, layer, quantizer)
+
+    def _build_add(self, operation: Operation) -> None:
+        signed = not operation.activation and any(quantizer.signed for quantizer in self._sources(operation))
+        quantizer = ActivationQuantizer(signed=signed)
+        module = QuantizedAdd(operation.activation, quantizer)
+        self._replace(operation, self._free_name(operation, "add"), module, quantizer)
+
+    def _build_multiply(self, operation: Operation) -> None:
+        quantizer = ActivationQuantizer(signed=any(quantizer.signed for quantizer in self._sources(operation)))
+        self._replace(operation, self._free_name(operation, "multiply"), QuantizedMultiply(quantizer), quantizer)
+
+    def _build_concatenation(self, operation: Operation) -> None:
+        quantizer = ActivationQuantizer(signed=any(quantizer.signed for quantizer in self._sources(operation)))
+        module = QuantizedConcatenation(quantizer, operation.options["axis"])
+        self._replace(operation, self._free_name(operation, "concatenation"), module, quantizer)
 
     def _build_average_pool(self, operation: Operation) -> None:
         quantizer = ActivationQuantizer(signed=self._source(operation).signed)
@@ -203,10 +233,19 @@ class _Builder:
         module = QuantizedReLU(operation.activation, self._source(operation))
         self._replace(operation, self._free_name(operation, "relu"), module, self._source(operation))
 
+    def _build_lookup(self, operation: Operation) -> None:
+        function, source = operation.options["function"], self._source(operation)
+        quantizer = ActivationQuantizer(signed=can_be_negative(function, source.signed))
+        name = self._free_name(operation, "lookup")
+        self._replace(operation, name, QuantizedLookup(function, source, quantizer), quantizer)
+
     def _build_flatten(self, operation: Operation) -> None:
         self._replace(operation, self._free_name(operation, "flatten"), nn.Flatten(), self._source(operation))
 
-    def _build_dropout(self, operation: Operation) -> None:
+    def _build_movement(self, operation: Operation) -> None:
+        self.source[operation.node] = self._source(operation)
+
+    def _build_nothing(self, operation: Operation) -> None:
         if operation.node.op == "call_module":
             self.source[operation.node] = self._source(operation)
             return
@@ -214,22 +253,46 @@ class _Builder:
         self.graph.erase_node(operation.node)
 
     def _source(self, operation: Operation) -> ActivationQuantizer:
-        return self.source[_inputs(operation)[0]]
+        return self._sources(operation)[0]
+
+    def _sources(self, operation: Operation) -> list[ActivationQuantizer]:
+        return [self.source[node] for node in _inputs(operation)]
+
+    def _shortcut(self, operation: Operation) -> fx.Node:
+        """The shortcut's node as it is now."""
+        inner = {operation.node, *operation.absorbed}
+        return next(node for node in tensors_of(operation.anchor) if node not in inner)
 
     def _replace(
         self, operation: Operation, name: str, module: nn.Module, quantizer: ActivationQuantizer | None
     ) -> None:
-        with self.graph.inserting_before(operation.node):
-            node = self.graph.call_module(self._add_module(name, module), tuple(_inputs(operation)))
+        inputs = _inputs(operation)
+        if operation.shortcut is not None:
+            inputs.append(self._shortcut(operation))
+        with self.graph.inserting_before(operation.anchor):
+            node = self.graph.call_module(self._add_module(name, module), tuple(inputs))
         node.meta = dict(operation.node.meta)
         operation.result.replace_all_uses_with(node)
         for old in reversed([operation.node, *operation.absorbed]):
             self.graph.erase_node(old)
-            # fx finds unused modules by identity, so it would keep a batch norm that is its convolution's child now.
-            if old.op == "call_module" and all(other.target != old.target for other in self.graph.nodes):
-                self.traced.delete_submodule(str(old.target))
+            if old.op == "call_module" and str(old.target) != name:
+                self._remove_module(str(old.target))
         if quantizer is not None:
             self.source[node] = quantizer
+
+    def _remove_module(self, name: str) -> None:
+        """Unless the graph calls it elsewhere; what it holds inside and the graph calls stays, under its name.
+
+        fx finds unused modules by identity, so it would keep a batch norm that is its convolution's child now.
+        """
+        targets = {str(node.target) for node in self.graph.nodes if node.op == "call_module"}
+        if name in targets:
+            return
+        inside = [target for target in targets if target.startswith(f"{name}.")]
+        kept = {target: self.traced.get_submodule(target) for target in inside}
+        self.traced.delete_submodule(name)
+        for target, module in kept.items():
+            self.traced.add_submodule(target, module)
 
     def _free_name(self, operation: Operation, kind: str) -> str:
         """The module's own name where the operation is one that is called once, else a new one beside it."""
@@ -251,20 +314,7 @@ class _Builder:
 
 def _inputs(operation: Operation) -> list[fx.Node]:
     """The tensors' nodes as they are now: earlier replacements may have put others in the plan's place."""
-    nodes = [argument for argument in operation.node.args if isinstance(argument, fx.Node)]
-    return (nodes or operation.node.all_input_nodes)[: len(operation.inputs)]
-
-
-def _plain_norm(norm: nn.BatchNorm2d | nn.SyncBatchNorm | None) -> nn.BatchNorm2d | nn.SyncBatchNorm | None:
-    """timm's batch norm with an activation inside, without it; the same parameters and statistics."""
-    if not isinstance(norm, BatchNormAct2d):
-        return norm
-    plain = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
-    for name, parameter in norm.named_parameters(recurse=False):
-        setattr(plain, name, parameter)
-    for name, buffer in norm.named_buffers(recurse=False):
-        setattr(plain, name, buffer)
-    return plain
+    return tensors_of(operation.node)[: len(operation.inputs)]
 
 
 def _check_rewritten(original: nn.Module, qmodel: fx.GraphModule, example_inputs: Tensor) -> None:

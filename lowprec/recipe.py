@@ -20,6 +20,7 @@ ACTIVATION_BITS = (8,)
 LAYOUTS = ("kernel", "element")
 SOLVERS = ("exact", "rms", "paper", "twn")
 CALIBRATORS = ("mse", "max", "percentile")
+RESIDUALS = ("requantized", "accumulator")
 ROLES = ("first_convolution", "depthwise", "classifier")
 
 RECIPE_FOLDER = Path(__file__).parent / "recipes" / "quant"
@@ -47,11 +48,16 @@ class WeightScheme:
 
 @dataclass
 class ActivationScheme:
-    """How activations are quantized: their bits, what chooses the exponent, the share (%) that ``percentile`` keeps."""
+    """How activations are quantized: their bits, what chooses the exponent, the share (%) that ``percentile`` keeps.
+
+    residual: ``requantized`` adds two 8-bit tensors; ``accumulator`` adds the shortcut to the convolution's 32-bit sums, which
+    are rounded once.
+    """
 
     bits: int = 8
     calibrator: str = "mse"
     percentile: float = 99.99
+    residual: str = "requantized"
 
 
 @dataclass
@@ -176,6 +182,7 @@ class Recipe:
             _check_scheme(rule.changes(), key)
         _check_choice("quant.activations.bits", self.activations.bits, ACTIVATION_BITS)
         _check_choice("quant.activations.calibrator", self.activations.calibrator, CALIBRATORS)
+        _check_choice("quant.activations.residual", self.activations.residual, RESIDUALS)
         percentile = self.activations.percentile
         if not isinstance(percentile, int | float) or not 50.0 < percentile <= 100.0:
             raise RecipeError(f"quant.activations.percentile={percentile!r}: give a number above 50, at most 100")

@@ -17,8 +17,9 @@ import onnx
 import torch
 from torch import Tensor, fx
 
-from lowprec.export.onnx import codes_name, zero_point
+from lowprec.export.qdq import codes_name, zero_point
 from lowprec.export.runtime import onnx_session
+from lowprec.graph.nodes import step_name
 from lowprec.integer.model import IntegerModel, Step
 from lowprec.integer.operators import IntegerLayer
 from lowprec.numerics.fixed_point import scale_by_power_of_two
@@ -110,6 +111,8 @@ def verify(
         report.images += len(images)
         for step in imodel.steps:
             for against, codes in found.items():
+                if step.name not in codes:
+                    continue
                 comparison = counts.setdefault((step.name, against), TensorComparison(step.name, against))
                 comparison.compared += expected[step.name].numel()
                 comparison.mismatched += _differing(codes[step.name], expected[step.name])
@@ -123,15 +126,15 @@ def _differing(found: Tensor, expected: Tensor) -> int:
 
 
 class _FakeQuantCodes(fx.Interpreter):
-    """Runs a fake-quant model and keeps every module's result."""
+    """Runs a fake-quant model and keeps every node's result."""
 
     def __init__(self, qmodel: fx.GraphModule) -> None:
         super().__init__(qmodel)
-        self.results: dict[str, Tensor] = {}
+        self.results: dict[str, Any] = {}
 
-    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        result = super().call_module(target, args, kwargs)
-        self.results[str(target)] = result
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        self.results[step_name(n)] = result
         return result
 
     def run(self, images: Tensor, imodel: IntegerModel) -> dict[str, Tensor]:  # type: ignore[override]
@@ -140,6 +143,8 @@ class _FakeQuantCodes(fx.Interpreter):
         return {
             step.name: scale_by_power_of_two(self.results[step.name].double(), -_exponent(step))
             for step in imodel.steps
+            # One call may become several steps; the last of them bears its name.
+            if step.name in self.results
         }
 
 

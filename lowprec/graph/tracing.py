@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from timm.layers import Linear
 from timm.models import get_notrace_functions, get_notrace_modules
+from timm.models.vgg import ConvMlp
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
+
+from lowprec.graph.nodes import module_path
 
 
 class TracingError(ValueError):
@@ -21,10 +26,29 @@ class _Tracer(fx.Tracer):
 
     def __init__(self) -> None:
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))
-        self._leaves = tuple(get_notrace_modules())
+        # timm's own linear layer does what torch's does; whole, it is one.
+        self._leaves = (*get_notrace_modules(), Linear)
 
     def is_leaf_module(self, module: nn.Module, module_qualified_name: str) -> bool:
+        if type(module) in _TRACEABLE_FORWARDS:
+            return False
         return isinstance(module, self._leaves) or super().is_leaf_module(module, module_qualified_name)
+
+    def call_module(
+        self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        traceable = _TRACEABLE_FORWARDS.get(type(module))
+        return super().call_module(module, partial(traceable, module) if traceable else forward, args, kwargs)
+
+
+def _conv_mlp(module: ConvMlp, values: Tensor) -> Tensor:
+    """Without the pooling that widens images smaller than the kernel: the comparison of the two models finds those."""
+    hidden = module.drop(module.act1(module.fc1(values)))
+    return module.act2(module.fc2(hidden))
+
+
+# What timm's modules compute where the branch that they take does not depend on data.
+_TRACEABLE_FORWARDS: dict[type[nn.Module], Callable[..., Tensor]] = {ConvMlp: _conv_mlp}
 
 
 def trace(model: nn.Module) -> fx.GraphModule:
@@ -73,12 +97,6 @@ def _outputs(model: nn.Module, example_inputs: Tensor, training: bool) -> list[T
     with torch.random.fork_rng(devices), torch.no_grad():
         torch.manual_seed(0)
         return [leaf for leaf in tree_leaves(candidate(example_inputs)) if isinstance(leaf, Tensor)]
-
-
-def module_path(node: fx.Node) -> str:
-    """Path of the module whose forward holds the operation, "" for the model's own."""
-    stack = node.meta.get("nn_module_stack") or {}
-    return next(reversed([str(entry[0]) for entry in stack.values()]), "")
 
 
 def describe(node: fx.Node, modules: dict[str, nn.Module]) -> str:

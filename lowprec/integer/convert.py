@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
 import torch
 from torch import Tensor, fx, nn
 
+from lowprec.graph.movement import is_movement
+from lowprec.graph.nodes import number_nodes, pair, step_name, tensors_of
+from lowprec.graph.recognition import is_nothing
+from lowprec.graph.shapes import Shapes
+from lowprec.integer.convert_movement import convert_movement
 from lowprec.integer.model import IntegerModel, Step
 from lowprec.integer.operators import (
     Grid,
     IntegerAdd,
     IntegerAveragePool,
+    IntegerConcatenation,
     IntegerConv2d,
     IntegerFlatten,
     IntegerInput,
     IntegerLinear,
+    IntegerLookup,
     IntegerMaxPool,
+    IntegerMultiply,
+    IntegerMultiplyAdd,
     IntegerOperator,
     IntegerReLU,
 )
@@ -22,11 +35,16 @@ from lowprec.layers import (
     ActivationQuantizer,
     QuantizedAdd,
     QuantizedAveragePool,
+    QuantizedConcatenation,
     QuantizedConv2d,
     QuantizedLayer,
+    QuantizedLinear,
+    QuantizedLookup,
+    QuantizedMultiply,
     QuantizedReLU,
 )
 from lowprec.numerics.fixed_point import CodeRange, quantize
+from lowprec.prepare import full_precision
 
 
 class ConversionError(ValueError):
@@ -45,60 +63,101 @@ def convert(qmodel: fx.GraphModule) -> IntegerModel:
     for name, module in qmodel.named_modules():
         if isinstance(module, ActivationQuantizer) and not module.calibrated:
             raise ConversionError(f"{name} has no exponent yet: call lowprec.calibrate(qmodel, batches) before convert")
-    steps: list[Step] = []
-    # A dropout is nothing in an integer model: its users take what it takes.
-    names: dict[fx.Node, str] = {}
-    grids: dict[str, Grid] = {}
-    for node in qmodel.graph.nodes:
-        if node.op != "call_module":
-            continue
-        name = str(node.target)
-        module = qmodel.get_submodule(name)
-        inputs = tuple(names[used] for used in node.args if used in names)
-        if isinstance(module, nn.Dropout | nn.Dropout2d | nn.Identity) or type(module).__name__ == "DropPath":
-            names[node] = inputs[0]
-            continue
-        try:
-            operator = _operator(module, [grids[used] for used in inputs])
-        except ValueError as error:
-            raise ConversionError(f"layer {name}: {error}") from error
-        steps.append(Step(name, inputs, operator))
-        names[node] = name
+    return IntegerModel(_Converter(qmodel).steps(), qmodel.meta["image_shape"]).eval()
+
+
+class _Converter:
+    """Goes through the graph in order and makes a step of every node that computes or moves codes."""
+
+    def __init__(self, qmodel: fx.GraphModule) -> None:
+        self.qmodel = qmodel
+        self.numbers = number_nodes(qmodel.graph)
+        # A dropout is nothing in an integer model: its users take what it takes.
+        self.names: dict[fx.Node, str] = {}
+        self.grids: dict[str, Grid] = {}
+        self.made: list[Step] = []
+
+    @cached_property
+    def shapes(self) -> Shapes:
+        """Needed by models that move codes only."""
+        with full_precision(self.qmodel):
+            return Shapes(self.qmodel, self.qmodel.meta["image_shape"])
+
+    def steps(self) -> list[Step]:
+        """All steps of the integer model, in order."""
+        for node in self.qmodel.graph.nodes:
+            if node.op not in ("call_module", "call_function", "call_method") or node in self.numbers:
+                continue
+            name = step_name(node)
+            try:
+                self._convert(node, name)
+            except ValueError as error:
+                raise ConversionError(f"layer {name}: {error}") from error
+        return self.made
+
+    def _convert(self, node: fx.Node, name: str) -> None:
+        module = self.qmodel.get_submodule(name) if node.op == "call_module" else None
+        inputs = tuple(self.names[used] for used in tensors_of(node) if used in self.names)
+        if module is not None and is_nothing(module):
+            self.names[node] = inputs[0]
+        elif is_movement(node, module) and not isinstance(module, nn.Flatten):
+            self._move(node, module, name, inputs[0])
+        else:
+            assert module is not None
+            self._add(node, name, inputs, _operator(module, [self.grids[used] for used in inputs]))
+
+    def _move(self, node: fx.Node, module: nn.Module | None, name: str, source: str) -> None:
+        movements = convert_movement(node, module, self.grids[source], self.shapes)
+        self.names[node] = source
+        for part, operator in movements or []:
+            part_name = f"{name}.{part}" if part else name
+            self._add(node, part_name, (self.names[node],), operator)
+
+    def _add(self, node: fx.Node, name: str, inputs: tuple[str, ...], operator: IntegerOperator) -> None:
+        self.made.append(Step(name, inputs, operator))
+        self.names[node] = name
         if operator.output is not None:
-            grids[name] = operator.output
-    return IntegerModel(steps, qmodel.meta["image_shape"]).eval()
+            self.grids[name] = operator.output
 
 
 def _operator(module: nn.Module, inputs: list[Grid]) -> IntegerOperator:
-    if isinstance(module, ActivationQuantizer):
-        return IntegerInput(_grid(module))
     if isinstance(module, QuantizedLayer):
-        return _layer(module, inputs[0])
-    if isinstance(module, QuantizedAdd):
-        output = _grid(module.quantizer)
-        return IntegerAdd(inputs[0], inputs[1], output, _six(module.activation, output))
-    if isinstance(module, QuantizedAveragePool):
-        return IntegerAveragePool(
-            inputs[0],
-            _grid(module.quantizer),
-            module.kernel_size,
-            module.stride,
-            module.padding,
-            module.ceil_mode,
-            module.count_include_pad,
-            module.keep_axes,
-        )
-    if isinstance(module, QuantizedReLU):
-        return IntegerReLU(inputs[0], _six(module.activation, inputs[0]))
-    if isinstance(module, nn.MaxPool2d):
-        geometry = (module.kernel_size, module.stride, module.padding, module.dilation)
-        return IntegerMaxPool(inputs[0], *map(_pair, geometry), ceil_mode=module.ceil_mode)  # type: ignore[misc, arg-type]
-    if isinstance(module, nn.Flatten):
-        return IntegerFlatten(inputs[0])
+        return _layer(module, *inputs)
+    for kind, make in _MAKERS.items():
+        if isinstance(module, kind):
+            return make(module, inputs)
     raise ConversionError(f"{type(module).__name__} has no integer form")
 
 
-def _layer(module: QuantizedLayer, source: Grid) -> IntegerOperator:
+def _add(module: Any, inputs: list[Grid]) -> IntegerOperator:
+    output = _grid(module.quantizer)
+    return IntegerAdd(inputs[0], inputs[1], output, _six(module.activation, output))
+
+
+def _average_pool(module: Any, inputs: list[Grid]) -> IntegerOperator:
+    names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "keep_axes")
+    return IntegerAveragePool(inputs[0], _grid(module.quantizer), **{name: getattr(module, name) for name in names})
+
+
+def _max_pool(module: Any, inputs: list[Grid]) -> IntegerOperator:
+    geometry = (module.kernel_size, module.stride, module.padding, module.dilation)
+    return IntegerMaxPool(inputs[0], *map(pair, geometry), ceil_mode=module.ceil_mode)  # type: ignore[misc, arg-type]
+
+
+_MAKERS: dict[type[nn.Module], Callable[[Any, list[Grid]], IntegerOperator]] = {
+    ActivationQuantizer: lambda module, inputs: IntegerInput(_grid(module)),
+    QuantizedAdd: _add,
+    QuantizedMultiply: lambda module, inputs: IntegerMultiply(inputs[0], inputs[1], _grid(module.quantizer)),
+    QuantizedConcatenation: lambda module, inputs: IntegerConcatenation(inputs, _grid(module.quantizer), module.axis),
+    QuantizedAveragePool: _average_pool,
+    QuantizedReLU: lambda module, inputs: IntegerReLU(inputs[0], _six(module.activation, inputs[0])),
+    QuantizedLookup: lambda module, inputs: IntegerLookup(module.table(), inputs[0], _grid(module.quantizer)),
+    nn.MaxPool2d: _max_pool,
+    nn.Flatten: lambda module, inputs: IntegerFlatten(inputs[0]),
+}
+
+
+def _layer(module: QuantizedLayer, source: Grid, shortcut: Grid | None = None) -> IntegerOperator:
     weights, bias = module.fold()
     output = None if module.quantizer is None else _grid(module.quantizer)
     exponents = weights.exponent
@@ -110,17 +169,18 @@ def _layer(module: QuantizedLayer, source: Grid) -> IntegerOperator:
     )
     scheme = module.scheme
     arguments = (*tensors, scheme.bits, scheme.cluster_size, scheme.layout, source, output)
-    six = None if output is None else _six(module.activation, output)
+    options: dict[str, Any] = {
+        "six": None if output is None else _six(module.activation, output),
+        "shortcut": shortcut,
+        "flatten": module.flatten,
+    }
+    if isinstance(module, QuantizedLinear):
+        return IntegerLinear(*arguments, **options)
     if isinstance(module, QuantizedConv2d):
-        return IntegerConv2d(
-            *arguments,
-            six,
-            stride=_pair(module.stride),
-            padding=_pair(module.padding),
-            dilation=_pair(module.dilation),
-            groups=module.groups,
-        )
-    return IntegerLinear(*arguments, six)
+        geometry = {name: pair(getattr(module, name)) for name in ("stride", "padding", "dilation")}
+        return IntegerConv2d(*arguments, **options, **geometry, groups=module.groups)
+    unit = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
+    return IntegerMultiplyAdd(*arguments, **options, **unit, groups=len(bias))
 
 
 def _bias_codes(bias: Tensor, exponent: Tensor) -> Tensor:
@@ -136,7 +196,3 @@ def _six(activation: str, grid: Grid) -> int | None:
     if activation != "relu6":
         return None
     return int(quantize(torch.tensor(6.0), torch.tensor(grid.exponent), CodeRange(grid.low, grid.high)))
-
-
-def _pair(value: object) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value)  # type: ignore[arg-type, return-value]

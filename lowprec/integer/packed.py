@@ -23,7 +23,8 @@ from lowprec.numerics.packing import pack_codes, packed_layout, unpack_codes
 FORMAT = "lowprec"
 VERSION = 1
 GRAPH = "graph"
-GRIDS = ("input", "output", "left", "right")
+# The keys that make a mapping in the graph a Grid.
+GRID_KEYS = {"exponent", "low", "high"}
 
 
 class PackedFileError(ValueError):
@@ -45,8 +46,11 @@ def save(model: IntegerModel, path: str | Path) -> None:
         entry = {"name": step.name, "kind": step.operator.KIND, "inputs": step.inputs, **step.operator.attributes()}
         if isinstance(step.operator, IntegerLayer):
             entry["shape"] = list(step.operator.codes.shape)
-            for name, tensor in _packed_tensors(step.operator).items():
-                tensors[f"{step.name}.{name}"] = tensor.cpu().contiguous()
+            stored = _packed_tensors(step.operator)
+        else:
+            stored = step.operator.tensors()
+        for name, tensor in stored.items():
+            tensors[f"{step.name}.{name}"] = tensor.cpu().contiguous()
         graph.append(entry)
     text = json.dumps({"image_shape": model.image_shape, "steps": graph}, separators=(",", ":"))
     tensors[GRAPH] = torch.frombuffer(bytearray(zlib.compress(text.encode(), 9)), dtype=torch.uint8)
@@ -104,20 +108,23 @@ def _packed_tensors(layer: IntegerLayer) -> dict[str, Tensor]:
 
 def _step(entry: dict[str, Any], tensors: dict[str, Tensor]) -> Step:
     name, kind, inputs = (entry.pop(key) for key in ("name", "kind", "inputs"))
-    arguments: dict[str, Any] = {
-        key: Grid(**value) if key in GRIDS and value is not None else _hashable(value) for key, value in entry.items()
+    arguments = {key: _decoded(value) for key, value in entry.items()}
+    prefix = f"{name}."
+    stored: dict[str, Any] = {
+        key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.rpartition(".")[0] == name
     }
     if issubclass(OPERATORS[kind], IntegerLayer):
         shape = arguments.pop("shape")
-        arguments["codes"] = unpack_codes(tensors[f"{name}.codes"], arguments["bits"], shape)
-        arguments["mantissas"] = tensors.get(f"{name}.mantissas")
-        arguments["exponents"] = tensors[f"{name}.exponents"]
-        arguments["bias"] = tensors[f"{name}.bias"]
-    return Step(name, tuple(inputs), OPERATORS[kind](**arguments))
+        stored["codes"] = unpack_codes(stored["codes"], arguments["bits"], shape)
+        stored.setdefault("mantissas", None)
+    return Step(name, tuple(inputs), OPERATORS[kind](**stored, **arguments))
 
 
-def _hashable(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _decoded(value: Any) -> Any:
+    """What JSON made lists and mappings of: tuples and grids again."""
+    if isinstance(value, list):
+        return tuple(map(_decoded, value))
+    return Grid(**value) if isinstance(value, dict) and value.keys() == GRID_KEYS else value
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:

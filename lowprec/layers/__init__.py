@@ -7,23 +7,29 @@ from collections.abc import Iterator
 from torch import nn
 
 from lowprec.layers.activations import ActivationQuantizer
-from lowprec.layers.linear import QuantizedConv2d, QuantizedLayer, QuantizedLinear
-from lowprec.layers.operators import QuantizedAdd, QuantizedAveragePool, QuantizedReLU
+from lowprec.layers.elementwise import QuantizedAdd, QuantizedConcatenation, QuantizedMultiply, QuantizedReLU
+from lowprec.layers.linear import QuantizedBatchNorm2d, QuantizedConv2d, QuantizedLayer, QuantizedLinear
+from lowprec.layers.lookup import QuantizedLookup
+from lowprec.layers.pooling import QuantizedAveragePool
 
 __all__ = [
     "ActivationQuantizer",
     "QuantizedAdd",
     "QuantizedAveragePool",
+    "QuantizedBatchNorm2d",
+    "QuantizedConcatenation",
     "QuantizedConv2d",
     "QuantizedLayer",
     "QuantizedLinear",
+    "QuantizedLookup",
+    "QuantizedMultiply",
     "QuantizedReLU",
     "quantized_layers",
 ]
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
-    """Names and modules of the layers with quantized weights, in the model's order."""
+    """Names and modules of the layers whose weights a recipe quantizes, in the model's order; no batch norms."""
     for name, module in model.named_modules():
-        if isinstance(module, QuantizedLayer):
+        if isinstance(module, QuantizedLayer) and not isinstance(module, QuantizedBatchNorm2d):
             yield name, module

@@ -13,11 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lowprec.layers.activations import ActivationQuantizer
-from lowprec.layers.operators import ACTIVATIONS
+from lowprec.layers.activations import UNCALIBRATED, ActivationQuantizer
+from lowprec.layers.elementwise import ACTIVATIONS
 from lowprec.layers.weights import FoldedWeights, WeightQuantizer, bias_exponent_floor
-from lowprec.numerics.fixed_point import dequantize, quantize_to_grid
+from lowprec.numerics.fixed_point import MINIMUM_EXPONENT, dequantize, quantize_to_grid
 from lowprec.recipe import WeightScheme
+
+# A sum that is shifted by at most 15 places and then lies in the range of 8-bit codes is below 2^24, bias and zero point
+# included: kernels that hold it in float32 before they round are exact. Larger sums are clamped whatever they are.
+SHIFT_LIMIT = 15
 
 
 class FoldedLayer(NamedTuple):
@@ -32,7 +36,8 @@ class QuantizedLayer(nn.Module, ABC):
 
     name: its place in the model, for messages. norm: the batch norm that follows, or None. activation: "", "relu" or
     "relu6". quantizer: of the output; None for the network's logits, which stay 32-bit sums. source: the quantizer of the
-    input, whose exponent the bias needs.
+    input, whose exponent the bias needs. shortcut: that of a second input, which is added before the activation and the one
+    rounding (the residual form ``accumulator``). flatten: the result is [B, all the rest].
     """
 
     def __init__(
@@ -44,6 +49,8 @@ class QuantizedLayer(nn.Module, ABC):
         activation: str = "",
         quantizer: ActivationQuantizer | None = None,
         name: str = "",
+        shortcut: ActivationQuantizer | None = None,
+        flatten: bool = False,
     ) -> None:
         super().__init__()
         self.name = name
@@ -54,8 +61,9 @@ class QuantizedLayer(nn.Module, ABC):
         self.activation = activation
         self.quantizer = quantizer
         self.quantizing = True
-        # In a tuple, so that the producer's quantizer is referred to and not registered a second time.
-        self._source = (source,)
+        self.flatten = flatten
+        # In a tuple, so that the producers' quantizers are referred to and not registered a second time.
+        self._sources = (source, shortcut)
         self.weight_quantizer = WeightQuantizer(tuple(operator.weight.shape), scheme)
         self.weight_quantizer.to(operator.weight.device)
         self.weight_quantizer.solve(operator.weight, name)
@@ -67,16 +75,26 @@ class QuantizedLayer(nn.Module, ABC):
     @property
     def source(self) -> ActivationQuantizer:
         """The quantizer of the input tensor."""
-        return self._source[0]
+        return self._sources[0]
 
-    def forward(self, values: Tensor) -> Tensor:
-        """Convolution: [B, I, H, W] -> [B, O, H', W']; linear: [B, I] -> [B, O]; on the output quantizer's grid."""
-        output = self.unquantized(values)
+    @property
+    def shortcut(self) -> ActivationQuantizer | None:
+        """The quantizer of the second input, if there is one."""
+        return self._sources[1]
+
+    def forward(self, values: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        """Convolution: [B, I, H, W] -> [B, O, H', W']; linear: [..., I] -> [..., O]; on the output quantizer's grid.
+
+        shortcut: of the result's shape, for layers that take one.
+        """
+        output = self.unquantized(values, shortcut)
         return output if self.quantizer is None else self.quantizer(output)
 
-    def unquantized(self, values: Tensor) -> Tensor:
+    def unquantized(self, values: Tensor, shortcut: Tensor | None = None) -> Tensor:
         """The values that the output quantizer rounds."""
-        return ACTIVATIONS[self.activation](self.normalized(values))
+        output = self.normalized(values)
+        output = ACTIVATIONS[self.activation](output if shortcut is None else output + shortcut)
+        return output.flatten(1) if self.flatten else output
 
     def normalized(self, values: Tensor) -> Tensor:
         """The output before the activation function."""
@@ -106,9 +124,17 @@ class QuantizedLayer(nn.Module, ABC):
         if self.norm is not None:
             gain, offset = self._gain_and_offset(self.norm)
             bias = bias * gain + offset
-        floor = bias_exponent_floor(bias, self.source.exponent)
+        floor = torch.maximum(bias_exponent_floor(bias, self.source.exponent), self._shift_floor())
         weights = self.weight_quantizer.fold(self.weight, gain, floor)
         return FoldedLayer(weights, quantize_to_grid(bias, self.source.exponent + weights.exponent))
+
+    def _shift_floor(self) -> Tensor:
+        """The least weight exponents at which no sum is shifted by more than SHIFT_LIMIT places."""
+        reached = [quantizer.exponent for quantizer in (self.quantizer, self.shortcut) if quantizer is not None]
+        calibrated = [exponent for exponent in reached if int(exponent) != UNCALIBRATED]
+        if not calibrated:
+            return self.source.exponent.new_full((), MINIMUM_EXPONENT)
+        return torch.stack(calibrated).amax() - self.source.exponent - SHIFT_LIMIT
 
     def _evaluate(self, values: Tensor) -> Tensor:
         weights, bias = self.fold()
@@ -148,11 +174,38 @@ class QuantizedConv2d(QuantizedLayer):
 
 
 class QuantizedLinear(QuantizedLayer):
-    """Fake-quant ``nn.Linear``."""
+    """Fake-quant ``nn.Linear``, over the last axis."""
 
     def operate(self, values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if values.dim() != 2:
-            raise ValueError(
-                f"layer {self.name}: a linear layer takes [B, I] here, not {list(values.shape)}; flatten in front of it"
-            )
         return functional.linear(values, weight, bias)
+
+
+class QuantizedBatchNorm2d(QuantizedLayer):
+    """A batch norm that no convolution can take in: in the integer model an 8-bit factor and a bias for each channel.
+
+    A layer whose weight is one, and stays it: in training a plain batch norm, in evaluation folded like any other.
+    """
+
+    def __init__(
+        self,
+        norm: nn.BatchNorm2d | nn.SyncBatchNorm,
+        source: ActivationQuantizer,
+        activation: str,
+        quantizer: ActivationQuantizer,
+        name: str,
+    ) -> None:
+        ones = nn.Conv2d(norm.num_features, norm.num_features, 1, groups=norm.num_features, bias=False)
+        nn.init.ones_(ones.weight)
+        device = None if norm.running_var is None else norm.running_var.device
+        super().__init__(ones.to(device), WeightScheme(bits=8), source, norm, activation, quantizer, name)
+        weight = self.weight.detach()
+        del self.weight
+        self.register_buffer("weight", weight, persistent=False)
+
+    def operate(self, values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        scaled = values * weight.view(1, -1, 1, 1)
+        return scaled if bias is None else scaled + bias.view(1, -1, 1, 1)
+
+    def normalized(self, values: Tensor) -> Tensor:
+        # With a weight of one there is nothing to quantize until the batch norm is folded into it.
+        return self._evaluate(values) if self.quantizing and not self.training else self._normalize(values)

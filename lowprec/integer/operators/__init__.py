@@ -7,9 +7,30 @@ it again.
 from __future__ import annotations
 
 from lowprec.integer.operators.base import Grid, IntegerOperator
-from lowprec.integer.operators.elementwise import IntegerAdd, IntegerInput, IntegerReLU
-from lowprec.integer.operators.layers import IntegerConv2d, IntegerLayer, IntegerLinear, logits_of
-from lowprec.integer.operators.movement import IntegerFlatten
+from lowprec.integer.operators.elementwise import (
+    IntegerAdd,
+    IntegerConcatenation,
+    IntegerInput,
+    IntegerLookup,
+    IntegerMultiply,
+    IntegerReLU,
+)
+from lowprec.integer.operators.layers import (
+    IntegerConv2d,
+    IntegerLayer,
+    IntegerLinear,
+    IntegerMultiplyAdd,
+    logits_of,
+)
+from lowprec.integer.operators.movement import (
+    IntegerFlatten,
+    IntegerMovement,
+    IntegerPad,
+    IntegerPermute,
+    IntegerReshape,
+    IntegerSlice,
+    IntegerUpsample,
+)
 from lowprec.integer.operators.pooling import IntegerAveragePool, IntegerMaxPool
 
 __all__ = [
@@ -17,14 +38,24 @@ __all__ = [
     "Grid",
     "IntegerAdd",
     "IntegerAveragePool",
+    "IntegerConcatenation",
     "IntegerConv2d",
     "IntegerFlatten",
     "IntegerInput",
     "IntegerLayer",
     "IntegerLinear",
+    "IntegerLookup",
     "IntegerMaxPool",
+    "IntegerMovement",
+    "IntegerMultiply",
+    "IntegerMultiplyAdd",
     "IntegerOperator",
+    "IntegerPad",
+    "IntegerPermute",
     "IntegerReLU",
+    "IntegerReshape",
+    "IntegerSlice",
+    "IntegerUpsample",
     "logits_of",
 ]
 
@@ -34,10 +65,19 @@ OPERATORS: dict[str, type[IntegerOperator]] = {
         IntegerInput,
         IntegerConv2d,
         IntegerLinear,
+        IntegerMultiplyAdd,
         IntegerAdd,
+        IntegerMultiply,
+        IntegerConcatenation,
         IntegerAveragePool,
         IntegerMaxPool,
         IntegerReLU,
+        IntegerLookup,
         IntegerFlatten,
+        IntegerReshape,
+        IntegerPermute,
+        IntegerSlice,
+        IntegerPad,
+        IntegerUpsample,
     )
 }

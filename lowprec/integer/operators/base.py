@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
+
+from lowprec.numerics.fixed_point import CodeRange
 
 
 @dataclass(frozen=True)
@@ -15,6 +17,11 @@ class Grid:
     exponent: int
     low: int
     high: int
+
+    @property
+    def codes(self) -> CodeRange:
+        """The codes that the tensor may take."""
+        return CodeRange(self.low, self.high)
 
     @property
     def signed(self) -> bool:
@@ -39,3 +46,7 @@ class IntegerOperator(nn.Module):
     def attributes(self) -> dict[str, Any]:
         """Constructor arguments other than tensors, as JSON can hold them."""
         return {"output": None if self.output is None else asdict(self.output)}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Constructor arguments that are tensors, as they are stored; a layer's are packed instead."""
+        return {}

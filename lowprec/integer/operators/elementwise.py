@@ -1,7 +1,8 @@
-"""Operators on one code at a time: the input's quantizer, residual add, ReLU."""
+"""Operators on one position at a time: the input's quantizer, add, multiply, concatenation, ReLU, lookup tables."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowprec.integer.operators.base import Grid, IntegerOperator
-from lowprec.numerics.fixed_point import CodeRange, quantize, shift_round_half_even
+from lowprec.numerics.fixed_point import quantize, shift_round_half_even
 
 
 class IntegerInput(IntegerOperator):
@@ -21,7 +22,7 @@ class IntegerInput(IntegerOperator):
     def forward(self, images: Tensor) -> Tensor:
         """[B, C, H, W] floats -> int32 codes."""
         exponent = torch.tensor(self.output.exponent, dtype=torch.int32, device=images.device)
-        return quantize(images.float(), exponent, CodeRange(self.output.low, self.output.high)).to(torch.int32)
+        return quantize(images.float(), exponent, self.output.codes).to(torch.int32)
 
 
 class IntegerAdd(IntegerOperator):
@@ -74,3 +75,82 @@ class IntegerReLU(IntegerOperator):
 
     def attributes(self) -> dict[str, Any]:
         return {**super().attributes(), "six": self.six}
+
+
+class IntegerMultiply(IntegerOperator):
+    """Product of two tensors of codes, such as a squeeze-excite gate and what it weighs, shifted to the output's exponent."""
+
+    KIND = "multiply"
+    output: Grid
+
+    def __init__(self, left: Grid, right: Grid, output: Grid) -> None:
+        super().__init__(output)
+        self.left = left
+        self.right = right
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        """Two int32 tensors of codes that broadcast -> int32 codes."""
+        # Products of 8-bit codes have 16 bits, so float32 kernels are exact as well.
+        shift = self.output.exponent - self.left.exponent - self.right.exponent
+        return shift_round_half_even(left * right, shift).clamp(self.output.low, self.output.high).to(torch.int32)
+
+    def attributes(self) -> dict[str, Any]:
+        return {**super().attributes(), "left": asdict(self.left), "right": asdict(self.right)}
+
+
+class IntegerConcatenation(IntegerOperator):
+    """Tensors of codes one after the other along ``axis``, each shifted to the output's exponent first."""
+
+    KIND = "concatenation"
+    output: Grid
+
+    def __init__(self, inputs: Sequence[Grid], output: Grid, axis: int) -> None:
+        super().__init__(output)
+        self.inputs = tuple(inputs)
+        self.axis = axis
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        """int32 tensors of codes, equal in shape but along ``axis`` -> int32 codes."""
+        shifted = [
+            shift_round_half_even(codes, self.output.exponent - grid.exponent)
+            for codes, grid in zip(tensors, self.inputs, strict=True)
+        ]
+        return torch.cat(shifted, self.axis).clamp(self.output.low, self.output.high).to(torch.int32)
+
+    def attributes(self) -> dict[str, Any]:
+        return {**super().attributes(), "inputs": [asdict(grid) for grid in self.inputs], "axis": self.axis}
+
+
+class IntegerLookup(IntegerOperator):
+    """Any function of one code: output code = table[input code − input.low].
+
+    table: int16 [T] with T = input.high − input.low + 1, or [C, T] where each channel, on ``axis``, has its own function.
+    """
+
+    KIND = "lookup"
+    output: Grid
+    table: Tensor
+
+    def __init__(self, table: Tensor, input: Grid, output: Grid, axis: int = 1) -> None:
+        super().__init__(output)
+        if table.shape[-1] != input.high - input.low + 1:
+            raise ValueError(f"a table of {table.shape[-1]} entries for codes from {input.low} to {input.high}")
+        self.input = input
+        self.axis = axis
+        self.register_buffer("table", table)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Any shape, int32 -> int32 codes."""
+        entries = (codes - self.input.low).to(torch.int64)
+        if self.table.dim() == 2:
+            channels = [1] * codes.dim()
+            channels[self.axis] = -1
+            offsets = torch.arange(len(self.table), device=codes.device) * self.table.shape[1]
+            entries = entries + offsets.view(channels)
+        return self.table.reshape(-1)[entries].to(torch.int32)
+
+    def attributes(self) -> dict[str, Any]:
+        return {**super().attributes(), "input": asdict(self.input), "axis": self.axis}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"table": self.table}

@@ -22,7 +22,8 @@ class IntegerLayer(IntegerOperator, ABC):
     codes: int8, the weight's shape; mantissas: int8 [O, G, 1, 1 or P], absent for 8-bit weights; exponents: int8 [O];
     bias: int32 [O] in units of 2^(input exponent + weight exponent). Requantization: shift_round_half_even(sum, output
     exponent − input exponent − weight exponent), clamped to the output's grid (which is where a ReLU happens). ``six`` is
-    ReLU6's 6 in output codes.
+    ReLU6's 6 in output codes. shortcut: the grid of a second input, added to the sums before their one requantization (the
+    residual form ``accumulator``). flatten: the result is [B, all the rest], as a convolution's may be that gives logits.
 
     Raises:
         ValueError: the sums of a channel could leave int32, whatever the input: |bias| + Σ|c| · largest input code ≥ 2^31.
@@ -46,12 +47,16 @@ class IntegerLayer(IntegerOperator, ABC):
         input: Grid,
         output: Grid | None,
         six: int | None = None,
+        shortcut: Grid | None = None,
+        flatten: bool = False,
     ) -> None:
         super().__init__(output)
         self.bits = bits
         self.layout = ClusterLayout(tuple(codes.shape), cluster_size, layout)
         self.input = input
         self.six = six
+        self.shortcut = shortcut
+        self.flatten = flatten
         self.register_buffer("codes", codes)
         self.register_buffer("mantissas", mantissas)
         self.register_buffer("exponents", exponents)
@@ -60,6 +65,8 @@ class IntegerLayer(IntegerOperator, ABC):
         bound = self.sum_bound
         if bound >= 1 << 31:
             raise ValueError(f"sums of up to {bound} overflow 32 bits: too many weights a channel, or too large a bias")
+        if shortcut is not None:
+            self._check_shortcut(shortcut)
 
     def _effective(self) -> Tensor:
         if self.mantissas is None:
@@ -82,16 +89,33 @@ class IntegerLayer(IntegerOperator, ABC):
     def sums(self, codes: Tensor) -> Tensor:
         """The int32 sums without the bias."""
 
-    def forward(self, codes: Tensor) -> Tensor:
-        """int32 codes -> int32 codes, channels on axis 1; the sums themselves where there is no output grid."""
-        per_channel = (1, -1, *[1] * (codes.dim() - 2))
+    def forward(self, codes: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        """int32 codes (and a shortcut's, of the result's shape) -> int32 codes, or the sums where there is no grid."""
+        per_channel = self._per_channel(codes)
         # Cannot overflow int32: the constructor has checked the largest sum that any input can give.
         sums = self.sums(codes) + self.bias.view(per_channel)
+        exponents = self.sum_exponents.view(per_channel)
         if self.output is None:
-            return sums
-        shifted = shift_round_half_even(sums, (self.output.exponent - self.sum_exponents).view(per_channel))
+            return sums.flatten(1) if self.flatten else sums
+        if self.shortcut is not None:
+            assert shortcut is not None
+            common = exponents.clamp(max=self.shortcut.exponent)
+            # In int64, at the finer of the two exponents: :meth:`_check_shortcut` bounds the distance.
+            sums = (sums.to(torch.int64) << (exponents - common)) + (shortcut << (self.shortcut.exponent - common))
+            exponents = common
+        shifted = shift_round_half_even(sums, self.output.exponent - exponents)
         high = self.output.high if self.six is None else min(self.six, self.output.high)
         return shifted.clamp(self.output.low, high).to(torch.int32)
+
+    def _check_shortcut(self, shortcut: Grid) -> None:
+        """Float32 kernels hold sums of both exactly within 15 places: see :class:`IntegerAdd`."""
+        distances = (shortcut.exponent - self.sum_exponents).abs()
+        if int(distances.max()) > 15:
+            raise ValueError(f"the shortcut's exponent lies {int(distances.max())} from the sums'; at most 15 is exact")
+
+    def _per_channel(self, codes: Tensor) -> tuple[int, ...]:
+        """Shape in which values [O] broadcast against the sums: channels are on axis 1."""
+        return (1, -1, *[1] * (codes.dim() - 2))
 
     def attributes(self) -> dict[str, Any]:
         return {
@@ -101,6 +125,8 @@ class IntegerLayer(IntegerOperator, ABC):
             "layout": self.layout.kind,
             "input": asdict(self.input),
             "six": self.six,
+            "shortcut": None if self.shortcut is None else asdict(self.shortcut),
+            "flatten": self.flatten,
         }
 
 
@@ -139,10 +165,25 @@ class IntegerConv2d(IntegerLayer):
         return {**super().attributes(), **geometry, "groups": self.groups}
 
 
+class IntegerMultiplyAdd(IntegerConv2d):
+    """A batch norm that no convolution could take in: an 8-bit factor and a bias for each channel.
+
+    A depthwise 1×1 convolution in all but name: codes [C, 1, 1, 1], stride 1, no padding.
+    """
+
+    KIND = "multiply_add"
+
+    def sums(self, codes: Tensor) -> Tensor:
+        return codes * self.effective.view(1, -1, 1, 1)
+
+
 class IntegerLinear(IntegerLayer):
-    """:class:`IntegerLayer` as a matrix product, [B, I] -> [B, O]."""
+    """:class:`IntegerLayer` as a matrix product over the last axis, [..., I] -> [..., O]."""
 
     KIND = "linear"
+
+    def _per_channel(self, codes: Tensor) -> tuple[int, ...]:
+        return (-1,)
 
     def sums(self, codes: Tensor) -> Tensor:
         return codes @ self.effective.t()
@@ -153,4 +194,12 @@ def logits_of(sums: Tensor, operator: IntegerOperator) -> Tensor:
     if operator.output is not None:
         return dequantize(sums, torch.tensor(operator.output.exponent, dtype=torch.int32, device=sums.device))
     assert isinstance(operator, IntegerLayer)
-    return dequantize(sums, operator.sum_exponents.view(1, -1, *[1] * (sums.dim() - 2)))
+    return dequantize(sums, sum_exponents_like(sums, operator))
+
+
+def sum_exponents_like(sums: Tensor, layer: IntegerLayer) -> Tensor:
+    """The exponents of a layer's sums, in a shape that broadcasts against them."""
+    exponents = layer.sum_exponents
+    if isinstance(layer, IntegerLinear):
+        return exponents
+    return exponents.repeat_interleave(sums.shape[1] // len(exponents)).view(1, -1, *[1] * (sums.dim() - 2))

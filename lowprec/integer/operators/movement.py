@@ -1,18 +1,117 @@
-"""Operators that move codes and change none."""
+"""Operators that move codes and change none. Shapes and axes count the batch, whose size -1 stands for any."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor
+from torch.nn import functional
 
 from lowprec.integer.operators.base import Grid, IntegerOperator
 
 
-class IntegerFlatten(IntegerOperator):
+class IntegerMovement(IntegerOperator):
+    """int32 codes -> the same codes elsewhere, some left out, or zeros between them."""
+
+    output: Grid
+
+
+class IntegerFlatten(IntegerMovement):
     """[B, ...] -> [B, all the rest]."""
 
     KIND = "flatten"
-    output: Grid
 
     def forward(self, codes: Tensor) -> Tensor:
         """int32 codes, unchanged but in shape."""
         return codes.flatten(1)
+
+
+class IntegerReshape(IntegerMovement):
+    """The same codes in another shape."""
+
+    KIND = "reshape"
+
+    def __init__(self, output: Grid, shape: Sequence[int]) -> None:
+        super().__init__(output)
+        self.shape = tuple(shape)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """int32 codes -> ``shape``."""
+        return codes.reshape(self.shape)
+
+    def attributes(self) -> dict[str, Any]:
+        return {**super().attributes(), "shape": self.shape}
+
+
+class IntegerPermute(IntegerMovement):
+    """Axes in another order: axis i of the result is axis ``axes[i]`` of the input."""
+
+    KIND = "permute"
+
+    def __init__(self, output: Grid, axes: Sequence[int]) -> None:
+        super().__init__(output)
+        self.axes = tuple(axes)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """int32 codes, axes permuted."""
+        return codes.permute(self.axes)
+
+    def attributes(self) -> dict[str, Any]:
+        return {**super().attributes(), "axes": self.axes}
+
+
+class IntegerSlice(IntegerMovement):
+    """Part of the codes: along axis a those from start to stop (exclusive) in steps, for each (a, start, stop, step)."""
+
+    KIND = "slice"
+
+    def __init__(self, output: Grid, slices: Sequence[Sequence[int]]) -> None:
+        super().__init__(output)
+        self.slices = tuple((axis, start, stop, step) for axis, start, stop, step in slices)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """int32 codes -> some of them, axes as they were."""
+        index = [slice(None)] * codes.dim()
+        for axis, start, stop, step in self.slices:
+            index[axis] = slice(start, stop, step)
+        return codes[tuple(index)]
+
+    def attributes(self) -> dict[str, Any]:
+        return {**super().attributes(), "slices": self.slices}
+
+
+class IntegerPad(IntegerMovement):
+    """Zeros in front of and behind the codes: (before, after) for each axis."""
+
+    KIND = "pad"
+
+    def __init__(self, output: Grid, padding: Sequence[Sequence[int]]) -> None:
+        super().__init__(output)
+        self.padding = tuple((before, after) for before, after in padding)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """int32 codes, framed by zeros."""
+        # torch counts from the last axis.
+        return functional.pad(codes, [side for sides in reversed(self.padding) for side in sides])
+
+    def attributes(self) -> dict[str, Any]:
+        return {**super().attributes(), "padding": self.padding}
+
+
+class IntegerUpsample(IntegerMovement):
+    """Nearest neighbour: each code of [B, C, H, W] is repeated ``factors`` = (height, width) times."""
+
+    KIND = "upsample"
+
+    def __init__(self, output: Grid, factors: Sequence[int]) -> None:
+        super().__init__(output)
+        self.factors = tuple(factors)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H · height, W · width], int32."""
+        rows, columns = self.factors
+        return codes.repeat_interleave(rows, 2).repeat_interleave(columns, 3)
+
+    def attributes(self) -> dict[str, Any]:
+        return {**super().attributes(), "factors": self.factors}

@@ -1,4 +1,4 @@
-"""Fake-quant operators without weights: residual add, average pooling, a ReLU of its own."""
+"""Fake-quant average pooling."""
 
 from __future__ import annotations
 
@@ -7,28 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lowprec.layers.activations import ActivationQuantizer
-from lowprec.numerics.fixed_point import quantize_to_grid
 from lowprec.numerics.pooling import window_sizes
-
-# The activation functions that are fused into an operator, by name; "" is none.
-ACTIVATIONS = {"": lambda values: values, "relu": functional.relu, "relu6": functional.relu6}
-
-
-class QuantizedAdd(nn.Module):
-    """Residual add of two 8-bit tensors, then its activation function, requantized: the form ``requantized``."""
-
-    def __init__(self, activation: str, quantizer: ActivationQuantizer) -> None:
-        super().__init__()
-        self.activation = activation
-        self.quantizer = quantizer
-
-    def unquantized(self, left: Tensor, right: Tensor) -> Tensor:
-        """The values that the quantizer rounds."""
-        return ACTIVATIONS[self.activation](left + right)
-
-    def forward(self, left: Tensor, right: Tensor) -> Tensor:
-        """Two tensors of equal shape; their sum on the output's grid."""
-        return self.quantizer(self.unquantized(left, right))
 
 
 class QuantizedAveragePool(nn.Module):
@@ -81,25 +60,3 @@ class QuantizedAveragePool(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         """[B, C, H, W]; the averages on the output's grid."""
         return self.quantizer(self.unquantized(values))
-
-
-class QuantizedReLU(nn.Module):
-    """A ReLU or ReLU6 that no operator could take in: it cuts an 8-bit tensor, which stays on its grid."""
-
-    def __init__(self, activation: str, source: ActivationQuantizer) -> None:
-        super().__init__()
-        self.activation = activation
-        # In a tuple, so that the producer's quantizer is referred to and not registered a second time.
-        self._source = (source,)
-
-    @property
-    def source(self) -> ActivationQuantizer:
-        """The quantizer whose grid the tensor lies on."""
-        return self._source[0]
-
-    def forward(self, values: Tensor) -> Tensor:
-        """Any shape. ReLU6's 6 is rounded to the grid."""
-        values = functional.relu(values)
-        if self.activation == "relu6" and self.source.quantizing:
-            return torch.minimum(values, quantize_to_grid(values.new_tensor(6.0), self.source.exponent))
-        return values if self.activation == "relu" else values.clamp(max=6.0)

@@ -1,0 +1,289 @@
+"""How each integer operator is written in ONNX.
+
+Moving codes and looking them up is done on the codes themselves; all else stands between DequantizeLinear and
+QuantizeLinear, which ONNX Runtime fuses into integer kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+
+from lowprec.export.qdq import SIGNED_ZERO_POINT, QdqGraph, codes_name, values_name, zero_point
+from lowprec.integer.model import Step
+from lowprec.integer.operators import (
+    Grid,
+    IntegerAdd,
+    IntegerAveragePool,
+    IntegerConcatenation,
+    IntegerConv2d,
+    IntegerFlatten,
+    IntegerInput,
+    IntegerLayer,
+    IntegerLinear,
+    IntegerLookup,
+    IntegerMaxPool,
+    IntegerMultiply,
+    IntegerMultiplyAdd,
+    IntegerOperator,
+    IntegerPad,
+    IntegerPermute,
+    IntegerReLU,
+    IntegerReshape,
+    IntegerSlice,
+    IntegerUpsample,
+)
+
+
+def write_step(graph: QdqGraph, step: Step) -> str:
+    """Adds a step's nodes; returns the name of the float tensor that it ends in.
+
+    Raises:
+        TypeError: the operator has no ONNX form.
+    """
+    write = _WRITERS.get(type(step.operator))
+    if write is None:
+        raise TypeError(f"{step.name}: {type(step.operator).__name__} has no ONNX form")
+    write(graph, step, step.operator)
+    return values_name(step.name) if step.operator.output is not None else f"{step.name}.float"
+
+
+def _values(step: Step) -> list[str]:
+    return [values_name(name) for name in step.inputs]
+
+
+def _input(graph: QdqGraph, step: Step, operator: IntegerInput) -> None:
+    graph.quantize(step.name, "images", operator.output)
+
+
+def _convolution(graph: QdqGraph, step: Step, layer: IntegerConv2d) -> None:
+    weight, offset = _weight(layer)
+    inputs = [_values(step)[0], *_weight_and_bias(graph, step.name, layer, weight, offset, axis=0)]
+    graph.node(
+        "Conv",
+        inputs,
+        _sums_name(step.name, layer),
+        step.name,
+        kernel_shape=weight.shape[2:],
+        strides=layer.stride,
+        pads=layer.padding * 2,
+        dilations=layer.dilation,
+        group=layer.groups,
+    )
+    _finish_layer(graph, step, layer)
+
+
+def _linear(graph: QdqGraph, step: Step, layer: IntegerLinear) -> None:
+    weight, offset = _weight(layer)
+    inputs = _weight_and_bias(graph, step.name, layer, np.ascontiguousarray(weight.T), offset, axis=1)
+    if len(graph.shapes[step.name]) == 2:
+        graph.node("Gemm", [_values(step)[0], *inputs], _sums_name(step.name, layer), step.name)
+    else:
+        product = graph.node("MatMul", [_values(step)[0], inputs[0]], f"{step.name}.product")
+        graph.node("Add", [product, inputs[1]], _sums_name(step.name, layer), step.name)
+    _finish_layer(graph, step, layer)
+
+
+def _weight(layer: IntegerLayer) -> tuple[np.ndarray, int]:
+    """Effective codes with their zero point: int8 within ±64, or uint8 for layers of 8 bits."""
+    offset, kind = (SIGNED_ZERO_POINT, np.uint8) if layer.bits == 8 else (0, np.int8)
+    return (layer.effective.numpy() + offset).astype(kind), offset
+
+
+def _weight_and_bias(
+    graph: QdqGraph, name: str, layer: IntegerLayer, weight: np.ndarray, offset: int, axis: int
+) -> list[str]:
+    return [
+        graph.dequantize_constant(f"{name}.weight", weight, layer.exponents.numpy(), offset, axis),
+        graph.dequantize_constant(f"{name}.bias", layer.bias.numpy(), layer.sum_exponents.numpy(), 0, 0),
+    ]
+
+
+def _sums_name(name: str, layer: IntegerLayer) -> str:
+    return f"{name}.sums" if layer.shortcut is not None or layer.flatten else f"{name}.float"
+
+
+def _finish_layer(graph: QdqGraph, step: Step, layer: IntegerLayer) -> None:
+    sums = _sums_name(step.name, layer)
+    if layer.shortcut is not None:
+        graph.node("Add", [sums, _values(step)[1]], f"{step.name}.float", f"{step.name}.shortcut")
+    if layer.flatten:
+        graph.node("Flatten", [sums], f"{step.name}.float", f"{step.name}.flatten", axis=1)
+    if layer.output is not None:
+        _finish(graph, step.name, layer.output, layer.six)
+
+
+def _add(graph: QdqGraph, step: Step, operator: IntegerAdd) -> None:
+    graph.node("Add", _values(step), f"{step.name}.float", step.name)
+    _finish(graph, step.name, operator.output, operator.six)
+
+
+def _multiply(graph: QdqGraph, step: Step, operator: IntegerMultiply) -> None:
+    graph.node("Mul", _values(step), f"{step.name}.float", step.name)
+    graph.quantize(step.name, f"{step.name}.float", operator.output)
+
+
+def _concatenation(graph: QdqGraph, step: Step, operator: IntegerConcatenation) -> None:
+    graph.node("Concat", _values(step), f"{step.name}.float", step.name, axis=operator.axis)
+    graph.quantize(step.name, f"{step.name}.float", operator.output)
+
+
+def _finish(graph: QdqGraph, name: str, output: Grid, six: int | None) -> None:
+    """Activation and quantization of an operator's float result; ReLU6 cuts the 8-bit codes, in integers."""
+    source = f"{name}.float"
+    if not output.signed:
+        source = graph.node("Relu", [source], f"{name}.relu")
+    if six is None or six >= output.high:
+        graph.quantize(name, source, output)
+        return
+    graph.quantize(f"{name}.unclipped", source, output, dequantize=False)
+    graph.clip(name, codes_name(f"{name}.unclipped"), output, output.low, six)
+
+
+def _relu(graph: QdqGraph, step: Step, operator: IntegerReLU) -> None:
+    graph.clip(step.name, codes_name(step.inputs[0]), operator.output, 0, operator.six)
+
+
+def _lookup(graph: QdqGraph, step: Step, operator: IntegerLookup) -> None:
+    name = step.name
+    table = operator.table.numpy().reshape(-1) + zero_point(operator.output)
+    graph.constant(f"{name}.table", table.astype(np.uint8))
+    # A code with its zero point added is its place in the table, which begins at the lowest code.
+    entries = graph.node("Cast", [codes_name(step.inputs[0])], f"{name}.entries", to=onnx.TensorProto.INT32)
+    if operator.table.dim() == 2:
+        shape = [1] * len(graph.shapes[step.inputs[0]])
+        shape[operator.axis] = -1
+        offsets = np.arange(len(operator.table), dtype=np.int32) * operator.table.shape[1]
+        graph.constant(f"{name}.offsets", offsets.reshape(shape))
+        entries = graph.node("Add", [entries, f"{name}.offsets"], f"{name}.channel_entries")
+    graph.node("Gather", [f"{name}.table", entries], codes_name(name), name)
+    graph.dequantize(name, operator.output)
+
+
+def _max_pool(graph: QdqGraph, step: Step, pool: IntegerMaxPool) -> None:
+    graph.node(
+        "MaxPool",
+        _values(step),
+        f"{step.name}.float",
+        step.name,
+        kernel_shape=pool.kernel_size,
+        strides=pool.stride,
+        pads=pool.padding + _end_padding(graph, step, pool, pool.dilation),
+        dilations=pool.dilation,
+    )
+    graph.quantize(step.name, f"{step.name}.float", pool.output)
+
+
+def _average_pool(graph: QdqGraph, step: Step, pool: IntegerAveragePool) -> None:
+    name, shape = step.name, graph.shapes[step.inputs[0]]
+    pooled = name if pool.keep_axes else f"{name}.pooled"
+    if pool.kernel_size is not None:
+        graph.node(
+            "AveragePool",
+            _values(step),
+            f"{pooled}.float",
+            pooled,
+            kernel_shape=pool.kernel_size,
+            strides=pool.stride,
+            pads=pool.padding + _end_padding(graph, step, pool, (1, 1)),
+            # What only a window that ceil_mode added hangs over is never counted.
+            count_include_pad=int(pool.count_include_pad and not pool.ceil_mode),
+        )
+    elif _multiplying_is_dividing(shape[2] * shape[3], pool.input.exponent - pool.output.exponent):
+        graph.node("GlobalAveragePool", _values(step), f"{pooled}.float", pooled)
+    else:
+        graph.node("AveragePool", _values(step), f"{pooled}.float", pooled, kernel_shape=shape[2:])
+    graph.quantize(pooled, f"{pooled}.float", pool.output)
+    if not pool.keep_axes:
+        graph.node("Flatten", [values_name(pooled)], f"{name}.float", name, axis=1)
+        graph.quantize(name, f"{name}.float", pool.output)
+
+
+def _end_padding(
+    graph: QdqGraph, step: Step, pool: IntegerAveragePool | IntegerMaxPool, dilation: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Padding below and to the right with which all windows fit: ONNX and torch disagree on ceil_mode's last one."""
+    assert pool.kernel_size is not None
+    assert pool.stride is not None
+    before, after = graph.shapes[step.inputs[0]][2:], graph.shapes[step.name][2:]
+    sides = zip(before, after, pool.kernel_size, pool.stride, pool.padding, dilation, strict=True)
+    return tuple(
+        max(padding, (windows - 1) * stride + (kernel - 1) * gap + 1 - side - padding)
+        for side, windows, kernel, stride, padding, gap in sides
+    )
+
+
+def _multiplying_is_dividing(size: int, shift: int) -> bool:
+    """Whether rounding sum · (2^shift / size) equals rounding sum · 2^shift / size for all sums of 8-bit codes.
+
+    ONNX Runtime's global pooling multiplies by a rounded reciprocal. That is exact for powers of two; else it may miss a
+    tie (a quotient of exactly one half), and ties happen only where 2^(shift + 1) and size leave a multiple of size.
+    """
+    return size & (size - 1) == 0 or (size % 2 == 1 and shift >= 0)
+
+
+def _flatten(graph: QdqGraph, step: Step, operator: IntegerFlatten) -> None:
+    graph.node("Flatten", _values(step), f"{step.name}.float", step.name, axis=1)
+    graph.quantize(step.name, f"{step.name}.float", operator.output)
+
+
+def _moved(graph: QdqGraph, step: Step, kind: str, inputs: list[str], **attributes: Any) -> None:
+    """A node on the codes themselves."""
+    graph.node(kind, [codes_name(step.inputs[0]), *inputs], codes_name(step.name), step.name, **attributes)
+    assert step.operator.output is not None
+    graph.dequantize(step.name, step.operator.output)
+
+
+def _integers(graph: QdqGraph, name: str, values: Any) -> str:
+    return graph.constant(name, np.array(values, np.int64))
+
+
+def _reshape(graph: QdqGraph, step: Step, operator: IntegerReshape) -> None:
+    _moved(graph, step, "Reshape", [_integers(graph, f"{step.name}.shape", operator.shape)])
+
+
+def _permute(graph: QdqGraph, step: Step, operator: IntegerPermute) -> None:
+    _moved(graph, step, "Transpose", [], perm=operator.axes)
+
+
+def _slice(graph: QdqGraph, step: Step, operator: IntegerSlice) -> None:
+    axes, starts, stops, steps = zip(*operator.slices, strict=True)
+    named = {"starts": starts, "stops": stops, "axes": axes, "steps": steps}
+    _moved(graph, step, "Slice", [_integers(graph, f"{step.name}.{key}", value) for key, value in named.items()])
+
+
+def _pad(graph: QdqGraph, step: Step, operator: IntegerPad) -> None:
+    before, after = zip(*operator.padding, strict=True)
+    sides = _integers(graph, f"{step.name}.sides", (*before, *after))
+    zero = graph.constant(f"{step.name}.zero", np.array(zero_point(operator.output), np.uint8))
+    _moved(graph, step, "Pad", [sides, zero])
+
+
+def _upsample(graph: QdqGraph, step: Step, operator: IntegerUpsample) -> None:
+    factors = graph.constant(f"{step.name}.factors", np.array([1, 1, *operator.factors], np.float32))
+    nearest = {"mode": "nearest", "nearest_mode": "floor", "coordinate_transformation_mode": "asymmetric"}
+    _moved(graph, step, "Resize", ["", factors], **nearest)
+
+
+_WRITERS: dict[type[IntegerOperator], Callable[[QdqGraph, Step, Any], None]] = {
+    IntegerInput: _input,
+    IntegerConv2d: _convolution,
+    IntegerMultiplyAdd: _convolution,
+    IntegerLinear: _linear,
+    IntegerAdd: _add,
+    IntegerMultiply: _multiply,
+    IntegerConcatenation: _concatenation,
+    IntegerReLU: _relu,
+    IntegerLookup: _lookup,
+    IntegerMaxPool: _max_pool,
+    IntegerAveragePool: _average_pool,
+    IntegerFlatten: _flatten,
+    IntegerReshape: _reshape,
+    IntegerPermute: _permute,
+    IntegerSlice: _slice,
+    IntegerPad: _pad,
+    IntegerUpsample: _upsample,
+}

@@ -1,0 +1,175 @@
+"""From calls that move values to integer operators that do: by the shapes that go in and come out."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from math import ceil
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional
+
+from lowprec.graph.nodes import argument, pair
+from lowprec.graph.shapes import Shapes
+from lowprec.integer.operators import (
+    Grid,
+    IntegerMovement,
+    IntegerPad,
+    IntegerPermute,
+    IntegerReshape,
+    IntegerSlice,
+    IntegerUpsample,
+)
+
+# Named operators in order; the last one's name is "" and so the step's own.
+Movements = list[tuple[str, IntegerMovement]]
+
+
+def convert_movement(node: fx.Node, module: nn.Module | None, grid: Grid, shapes: Shapes) -> Movements | None:
+    """The integer operators of one node; none where the codes stay as they are; None for a call that gives a tuple.
+
+    Raises:
+        ValueError: the movement has no integer form, for instance because it reshapes across the batch.
+    """
+    if module is not None:
+        return _module(node, module, grid, shapes)
+    if node.target in _SEVERAL:
+        return None
+    if node.target in _NOTHING:
+        return []
+    if node.target is operator.getitem:
+        return _getitem(node, grid, shapes)
+    convert = _CALLS.get(node.target, _reshape)
+    return convert(node, grid, shapes)
+
+
+def _module(node: fx.Node, module: nn.Module, grid: Grid, shapes: Shapes) -> Movements:
+    if isinstance(module, nn.Upsample):
+        return [("", IntegerUpsample(grid, [int(factor) for factor in pair_of_factors(module.scale_factor)]))]
+    if isinstance(module, nn.ZeroPad2d):
+        left, right, top, bottom = module.padding
+        return [("", IntegerPad(grid, [(0, 0), (0, 0), (top, bottom), (left, right)]))]
+    if isinstance(module, nn.ChannelShuffle):
+        _, channels, height, width = shapes.shape(node.all_input_nodes[0])
+        grouped = (-1, module.groups, channels // module.groups, height, width)
+        return [
+            ("grouped", IntegerReshape(grid, grouped)),
+            ("shuffled", IntegerPermute(grid, (0, 2, 1, 3, 4))),
+            ("", IntegerReshape(grid, (-1, channels, height, width))),
+        ]
+    if isinstance(module, nn.PixelShuffle):
+        _, channels, height, width = shapes.shape(node.all_input_nodes[0])
+        factor = module.upscale_factor
+        kept = channels // factor**2
+        return [
+            ("split", IntegerReshape(grid, (-1, kept, factor, factor, height, width))),
+            ("shuffled", IntegerPermute(grid, (0, 1, 4, 2, 5, 3))),
+            ("", IntegerReshape(grid, (-1, kept, height * factor, width * factor))),
+        ]
+    return _reshape(node, grid, shapes)
+
+
+def pair_of_factors(factor: Any) -> tuple[float, float]:
+    """An upsampling factor for height and width."""
+    return pair(factor) if isinstance(factor, tuple | list) else (factor, factor)
+
+
+def _reshape(node: fx.Node, grid: Grid, shapes: Shapes) -> Movements:
+    shape = shapes.shape(node)
+    if shape.count(-1) != 1:
+        raise ValueError(f"the shape {shape} does not grow with the batch along one axis")
+    return [("", IntegerReshape(grid, shape))]
+
+
+def _transpose(node: fx.Node, grid: Grid, shapes: Shapes) -> Movements:
+    axes = list(range(len(shapes.shape(node))))
+    first, second = (shapes.number(argument(node, place, f"dim{place - 1}")) for place in (1, 2))
+    axes[first], axes[second] = axes[second], axes[first]
+    return [("", IntegerPermute(grid, axes))]
+
+
+def _permute(node: fx.Node, grid: Grid, shapes: Shapes) -> Movements:
+    given = node.args[1:] or (node.kwargs["dims"],)
+    axes = given[0] if len(given) == 1 and isinstance(given[0], list | tuple) else given
+    return [("", IntegerPermute(grid, [axis % len(axes) for axis in shapes.number(tuple(axes))]))]
+
+
+def _pad(node: fx.Node, grid: Grid, shapes: Shapes) -> Movements:
+    sides = list(shapes.number(argument(node, 1, "pad")))
+    axes = len(shapes.shape(node))
+    # torch counts from the last axis.
+    given = [(sides[index], sides[index + 1]) for index in range(0, len(sides), 2)][::-1]
+    padding = [(0, 0)] * (axes - len(given)) + given
+    return [("", IntegerPad(grid, padding))] if any(map(any, padding)) else []
+
+
+def _interpolate(node: fx.Node, grid: Grid, shapes: Shapes) -> Movements:
+    return [("", IntegerUpsample(grid, [int(factor) for factor in pair_of_factors(argument(node, 2, "scale_factor"))]))]
+
+
+def _getitem(node: fx.Node, grid: Grid, shapes: Shapes) -> Movements:
+    source, index = node.args[0], shapes.number(node.args[1])
+    assert isinstance(source, fx.Node)
+    if source.target in _SEVERAL:
+        tensor, axis = source.all_input_nodes[0], shapes.number(argument(source, 2, "dim", 0))
+        shape = shapes.shape(tensor)
+        if source.target in ("unbind", torch.unbind):
+            axis = shapes.number(argument(source, 1, "dim", 0))
+            index = index % shape[axis]
+            return _part(node, grid, shapes, [(axis % len(shape), index, index + 1, 1)])
+        sizes = _part_sizes(source, shape[axis], shapes)
+        start = sum(sizes[: index % len(sizes)])
+        return _part(node, grid, shapes, [(axis % len(shape), start, start + sizes[index], 1)])
+    shape = shapes.shape(source)
+    index = index if isinstance(index, tuple) else (index,)
+    if Ellipsis in index:
+        place = index.index(Ellipsis)
+        index = (*index[:place], *[slice(None)] * (len(shape) - len(index) + 1), *index[place + 1 :])
+    slices = []
+    for axis, item in enumerate(index):
+        if isinstance(item, int):
+            item = slice(item % shape[axis], item % shape[axis] + 1)
+        if not isinstance(item, slice) or (shape[axis] == -1 and item != slice(None)):
+            raise ValueError(f"the index {item} takes codes in a way that has no integer form")
+        if item != slice(None):
+            slices.append((axis, *item.indices(shape[axis])))
+    return _part(node, grid, shapes, slices)
+
+
+def _part(node: fx.Node, grid: Grid, shapes: Shapes, slices: list[tuple[int, int, int, int]]) -> Movements:
+    """A slice, and a reshape where an axis was taken away."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    while source.target in _SEVERAL:
+        source = source.all_input_nodes[0]
+    full = shapes.shape(source)
+    slices = [item for item in slices if item[1:] != (0, full[item[0]], 1)]
+    sliced: Movements = [("", IntegerSlice(grid, slices))] if slices else []
+    if len(full) == len(shapes.shape(node)):
+        return sliced
+    return [("sliced", operator_) for _, operator_ in sliced] + _reshape(node, grid, shapes)
+
+
+def _part_sizes(node: fx.Node, size: int, shapes: Shapes) -> list[int]:
+    """Sizes of the parts that chunk or split makes of an axis of ``size``."""
+    parts = shapes.number(argument(node, 1, "chunks" if node.target in ("chunk", torch.chunk) else "split_size"))
+    if isinstance(parts, list | tuple):
+        return list(parts)
+    step = ceil(size / parts) if node.target in ("chunk", torch.chunk) else parts
+    return [min(step, size - start) for start in range(0, size, step)]
+
+
+_NOTHING: set[Any] = {"contiguous", "clone"}
+_SEVERAL: set[Any] = {"chunk", "split", "unbind", torch.chunk, torch.split, torch.unbind}
+_CALLS: dict[Any, Callable[[fx.Node, Grid, Shapes], Movements]] = {
+    "transpose": _transpose,
+    "swapaxes": _transpose,
+    torch.transpose: _transpose,
+    torch.swapaxes: _transpose,
+    "permute": _permute,
+    torch.permute: _permute,
+    functional.pad: _pad,
+    functional.interpolate: _interpolate,
+}
