@@ -12,9 +12,10 @@ from timm.layers import Linear
 from timm.models import get_notrace_functions, get_notrace_modules
 from timm.models.vgg import ConvMlp
 from torch import Tensor, fx, nn
+from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
-from lowprec.graph.nodes import module_path
+from lowprec.graph.nodes import argument, module_path
 
 
 class TracingError(ValueError):
@@ -57,15 +58,41 @@ def trace(model: nn.Module) -> fx.GraphModule:
     Raises:
         TracingError: torch.fx cannot trace it, for instance because its control flow depends on data.
     """
-    tracer = _Tracer()
+    modes = [(module, module.training) for module in model.modules()]
     try:
-        graph = tracer.trace(model)
+        graphs = {training: _Tracer().trace(model.train(training)) for training in (True, False)}
     except Exception as error:  # torch.fx raises whatever the model's own code raises on proxies
         raise TracingError(
             f"{type(model).__name__} cannot be traced by torch.fx: {error}. Its control flow may depend on data; wrap "
             "that part in a module of its own or choose a traceable variant"
         ) from error
-    return fx.GraphModule(tracer.root, graph, type(model).__name__)
+    finally:
+        for module, training in modes:
+            module.training = training
+    traced = fx.GraphModule(model, graphs[False], type(model).__name__)
+    _restore_dropout(traced, graphs[True])
+    return traced
+
+
+def _restore_dropout(traced: fx.GraphModule, in_training: fx.Graph) -> None:
+    """Calls of functional.dropout(..., training=self.training) become modules, which follow the mode as the calls did."""
+    pairs = list(zip(traced.graph.nodes, in_training.nodes, strict=False))
+    if len(traced.graph.nodes) != len(in_training.nodes) or any(one.target != other.target for one, other in pairs):
+        return  # The mode changes more than dropout: comparing the two models will show it.
+    for node, other in pairs:
+        if node.target is functional.dropout and not argument(node, 2, "training", True):
+            if not argument(other, 2, "training", True):
+                continue
+            path = module_path(node)
+            names = {name for name, _ in traced.named_modules()}
+            base = f"{path}.dropout" if path else "dropout"
+            name = next(free for free in (base, *(f"{base}_{index}" for index in range(1, 1000))) if free not in names)
+            traced.add_submodule(name, nn.Dropout(argument(node, 1, "p", 0.5)))
+            with traced.graph.inserting_before(node):
+                module_node = traced.graph.call_module(name, (node.all_input_nodes[0],))
+            node.replace_all_uses_with(module_node)
+            traced.graph.erase_node(node)
+    traced.recompile()
 
 
 def check_same_function(model: nn.Module, traced: nn.Module, example_inputs: Tensor) -> None:

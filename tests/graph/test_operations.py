@@ -96,31 +96,52 @@ def test_adds(add: Callable[[Tensor, Tensor], Tensor]) -> None:
         (lambda x: functional.avg_pool2d(input=x, kernel_size=2, stride=1), "average_pool"),
         (lambda x: functional.max_pool2d(x, 2), "max_pool"),
         (lambda x: functional.max_pool2d(x, kernel_size=3, stride=2, padding=1), "max_pool"),
-        (lambda x: functional.dropout(x, 0.5, False), "dropout"),
-        (lambda x: functional.dropout(x, p=0.0), "dropout"),
+        (lambda x: functional.dropout(x, 0.5, False), "nothing"),
+        (lambda x: functional.dropout(x, p=0.0), "nothing"),
+        (lambda x: torch.cat([x, x], 1), "concatenation"),
+        (lambda x: torch.cat((x, x, x), dim=2), "concatenation"),
+        (lambda x: torch.cat([x], 1), "nothing"),
+        (lambda x: x * x, "multiply"),
+        (lambda x: torch.mul(x, x), "multiply"),
+        (lambda x: x.mul_(x), "multiply"),
+        (torch.sigmoid, "lookup"),
+        (lambda x: x.sigmoid_(), "lookup"),
+        (functional.silu, "lookup"),
+        (lambda x: functional.gelu(x, approximate="tanh"), "lookup"),
+        (lambda x: functional.hardswish(x, inplace=True), "lookup"),
+        (lambda x: functional.leaky_relu(x, 0.1), "lookup"),
+        (lambda x: functional.hardtanh(x, -1.0, 6.0), "lookup"),
+        (lambda x: x + 1, "lookup"),
+        (lambda x: 2.0 * x, "lookup"),
+        (lambda x: x.clamp(-1, 1), "lookup"),
+        (lambda x: x.view(-1, 64), "movement"),
+        (lambda x: x.transpose(1, 2), "movement"),
+        (lambda x: x.permute(0, 2, 3, 1), "movement"),
+        (lambda x: x[:, 1:, ::2], "movement"),
+        (lambda x: functional.pad(x, (1, 1)), "movement"),
+        (lambda x: functional.interpolate(x, scale_factor=2), "movement"),
     ],
 )
 def test_functions(operation: Callable[[Tensor], Tensor], kind: str) -> None:
-    assert kinds(lambda m, x: operation(m.conv(x))) == ["input", "convolution", kind]
+    assert kinds(lambda m, x: operation(functional.relu(m.conv(x)))) == ["input", "convolutionrelu", kind]
 
 
 @pytest.mark.parametrize(
     ("operation", "word"),
     [
-        (torch.sigmoid, "sigmoid()"),
         (lambda x: x.softmax(1), "softmax()"),
-        (lambda x: torch.cat([x, x], 1), "cat()"),
-        (lambda x: x * x, "mul()"),
-        (lambda x: x + 1, "add()"),
         (lambda x: torch.add(x, x, alpha=2), "add()"),
+        (lambda x: torch.cat([x, x], x.size(1)), "cat()"),
+        (lambda x: x.pow(x), "pow()"),
+        (lambda x: functional.pad(x, (1, 1), mode="reflect"), "pad()"),
+        (lambda x: functional.pad(x, (1, 1), value=2.0), "pad()"),
+        (lambda x: functional.interpolate(x, scale_factor=1.5), "interpolate()"),
+        (lambda x: functional.interpolate(x, scale_factor=2, mode="bilinear"), "interpolate()"),
         (lambda x: x + x.size(0), "add()"),
-        (lambda x: x.view(x.size(1), -1), "view()"),
-        (lambda x: x.view(-1, 64), "view()"),
         (lambda x: x.mean(1), "mean()"),
         (lambda x: functional.avg_pool2d(x, x.shape[2]), "avg_pool2d()"),
         (lambda x: functional.avg_pool2d(x, 2, divisor_override=3), "avg_pool2d()"),
         (lambda x: functional.dropout(x, 0.5, True), "dropout()"),
-        (lambda x: functional.hardtanh(x, -1.0, 6.0), "hardtanh()"),
         (lambda x: functional.adaptive_avg_pool2d(x, 2), "adaptive_avg_pool2d()"),
     ],
 )
@@ -129,10 +150,9 @@ def test_what_has_no_integer_form_is_named(operation: Callable[[Tensor], Tensor]
 
 
 def test_every_unsupported_operation_is_named_at_once() -> None:
-    message = faults(lambda m, x: torch.tanh(m.norm(torch.sigmoid(m.conv(x)))))
-    assert "sigmoid() in the model itself" in message
-    assert "BatchNorm2d at norm" in message
-    assert "tanh() in the model itself" in message
+    message = faults(lambda m, x: torch.erf(m.norm(torch.cumsum(m.conv(x), 1))))
+    assert "erf() in the model itself" in message
+    assert "cumsum() in the model itself" in message
 
 
 def test_parameters_are_no_operands_of_an_add() -> None:
@@ -149,7 +169,31 @@ def test_a_convolution_of_two_users_keeps_its_norm_apart() -> None:
         convolved = m.conv(x)
         return m.norm(convolved) + convolved
 
-    assert "BatchNorm2d at norm" in faults(body)
+    assert kinds(body) == ["input", "convolution", "batch_norm", "add"]
+
+
+def test_a_norm_before_a_relu_takes_it_in() -> None:
+    assert kinds(lambda m, x: m.other(m.relu(m.norm(functional.relu(m.conv(x)))))) == [
+        "input",
+        "convolutionrelu",
+        "batch_normrelu",
+        "convolution",
+    ]
+
+
+def test_a_convolution_that_gives_logits_takes_the_flattening_in() -> None:
+    (_, layer) = plan(trace(Net(lambda m, x: torch.flatten(m.conv(x), 1))))
+    assert layer.options == {"flatten": True}
+
+
+def test_with_accumulator_residuals_a_convolution_takes_in_add_and_activation() -> None:
+    def body(m: nn.Module, x: Tensor) -> Tensor:
+        x = m.relu(m.conv(x))
+        return m.other(m.relu(m.norm(x) + x)) if m.training else functional.relu(m.other(x) + x)
+
+    operations = plan(trace(Net(body).eval()), residual="accumulator")
+    assert [operation.kind + operation.activation for operation in operations][-1] == "convolutionrelu"
+    assert [operation.shortcut is not None for operation in operations] == [False, False, True]
 
 
 def test_outputs_that_are_not_one_tensor() -> None:
