@@ -11,7 +11,7 @@ from torch.nn import functional
 
 import lowprec
 from lowprec.integer.model import IntegerModel
-from lowprec.recipe import Recipe, Rule, WeightScheme
+from lowprec.recipe import RESIDUALS, ActivationScheme, Recipe, Rule, WeightScheme
 
 IMAGE = (3, 17, 14)  # sides that no power of two divides
 
@@ -72,6 +72,54 @@ class Doubled(nn.Module):
         return x + x
 
 
+class SqueezeExcite(nn.Module):
+    """A gate for each channel, from the image's average, with an activation that is a lookup table."""
+
+    def __init__(self, channels: int, gate: nn.Module, act: nn.Module) -> None:
+        super().__init__()
+        self.reduce, self.act = nn.Conv2d(channels, 4, 1), act
+        self.expand, self.gate = nn.Conv2d(4, channels, 1), gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(self.expand(self.act(self.reduce(x.mean((2, 3), keepdim=True)))))
+
+
+class Dense(nn.Module):
+    """A batch norm that no convolution can take in, and a concatenation, as DenseNet has them."""
+
+    def __init__(self, channels: int, body: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.body = nn.BatchNorm2d(channels), body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.body(functional.relu(self.norm(x))), x], 1)
+
+
+class Shuffle(nn.Module):
+    """Half of the channels pass, the others are convolved; then both are shuffled, as ShuffleNet does."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        passed, convolved = x.chunk(2, dim=1)
+        x = torch.cat((passed, self.body(convolved)), dim=1)
+        batch, channels, height, width = x.size()
+        return (
+            x.view(batch, 2, channels // 2, height, width).transpose(1, 2).contiguous().view(batch, -1, height, width)
+        )
+
+
+class Moved(nn.Module):
+    """Padding, upsampling and slices, each of them on codes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.pad(x, (1, 0, 2, 1))
+        x = functional.interpolate(x, scale_factor=2)
+        return x[:, :, 1:-1:2, 1:]
+
+
 class Head(nn.Module):
     """Global average, or all positions, then one or two linear layers."""
 
@@ -95,7 +143,7 @@ class Head(nn.Module):
 
 
 def random_network(seed: int) -> nn.Sequential:
-    """A network of a stem, three blocks and a head, in eval mode, for images of the shape ``IMAGE``."""
+    """A network of a stem, four blocks and a head, in eval mode, for images of the shape ``IMAGE``."""
     draw = random.Random(seed)
 
     def act() -> nn.Module | None:
@@ -139,9 +187,34 @@ def random_network(seed: int) -> nn.Sequential:
     def doubled() -> nn.Module:
         return Doubled(conv(width, width, 1))
 
+    def smooth() -> nn.Module:
+        kinds = [
+            nn.SiLU(),
+            nn.GELU(),
+            nn.Hardswish(),
+            nn.LeakyReLU(0.1),
+            nn.PReLU(width),
+            nn.Hardtanh(-1, 2),
+            nn.Tanh(),
+        ]
+        return nn.Sequential(conv(width, width), draw.choice(kinds))
+
+    def squeeze_excite() -> nn.Module:
+        gate = draw.choice([nn.Sigmoid(), nn.Hardsigmoid()])
+        return SqueezeExcite(width, gate, draw.choice([nn.ReLU(), nn.Hardswish(inplace=True)]))
+
+    def dense() -> nn.Module:
+        nonlocal width
+        inputs, width = width, 2 * width + 6
+        return Dense(inputs, conv(inputs, 6))
+
+    def shuffle() -> nn.Module:
+        return Shuffle(conv(width // 2, width // 2))
+
     blocks: list[Callable[[], nn.Module]] = [residual, residual, depthwise, grouped, pre_activation, pooling, doubled]
+    blocks += [smooth, squeeze_excite, dense, shuffle, Moved]
     layers: list[nn.Module] = [conv(3, width, draw.choice([3, 5]), stride=draw.choice([1, 2]))]
-    layers += [draw.choice(blocks)() for _ in range(3)]
+    layers += [draw.choice(blocks)() for _ in range(4)]
     features = width
     pool = draw.choice(["mean", "average", "none"])
     if pool == "none":
@@ -193,7 +266,8 @@ def random_recipe(seed: int) -> Recipe:
         solver=draw.choice(["exact", "rms", "paper", "twn"]),
     )
     rules = [Rule(pattern="@classifier", bits=draw.choice([2, 4, 8]))] if draw.random() < 0.5 else []
-    return Recipe(weights=scheme, rules=rules)
+    activations = ActivationScheme(residual=draw.choice(RESIDUALS))
+    return Recipe(weights=scheme, activations=activations, rules=rules)
 
 
 def images(seed: int, count: int = 4, shape: tuple[int, int, int] = IMAGE) -> Tensor:

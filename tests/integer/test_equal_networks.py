@@ -14,7 +14,7 @@ from networks import awkward, images, quantize, random_network, random_recipe
 from torch import nn
 
 import lowprec
-from lowprec.integer.operators import IntegerLayer
+from lowprec.integer.operators import OPERATORS, IntegerLayer, IntegerMovement
 from lowprec.recipe import Recipe, WeightScheme
 from lowprec.verify import FAKE_QUANT, ONNX, VerificationReport
 
@@ -28,16 +28,20 @@ def verified(model: nn.Module, recipe: Recipe | str, shape: tuple[int, int, int]
     lowprec.export_onnx(imodel, file)
     batches = [images(2, 5, shape), (images(3, 3, shape), torch.zeros(3))]
     report = lowprec.verify(qmodel, imodel, batches, onnx=file)
-    # Nothing was left out: every step, in both comparisons, with as many codes as its tensor has.
+    # Nothing was left out: every step, in both comparisons, with as many codes as its tensor has. Only of a movement that
+    # takes several steps does the fake-quant model know the last alone.
     assert [(c.tensor, c.against) for c in report.comparisons] == [
-        (step.name, against) for step in imodel.steps for against in (FAKE_QUANT, ONNX)
+        (step.name, against)
+        for step in imodel.steps
+        for against in (FAKE_QUANT, ONNX)
+        if not (against == FAKE_QUANT and isinstance(step.operator, IntegerMovement) and step.name.endswith(".sliced"))
     ]
     tensors = imodel.codes(images(2, 8, shape))
     assert [c.compared for c in report.comparisons] == [tensors[c.tensor].numel() for c in report.comparisons]
     return report
 
 
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", range(24))
 def test_random_networks_agree_in_every_code(seed: int, tmp_path: Path) -> None:
     report = verified(random_network(seed), random_recipe(seed), (3, 17, 14), tmp_path)
     assert report.mismatched_codes == 0, report
@@ -90,17 +94,19 @@ def test_bounded_sums_are_compared_in_float32(tmp_path: Path) -> None:
 
 def test_the_networks_drawn_hold_every_operator() -> None:
     """Else the tests above would prove less than they say."""
-    kinds, layers, sixes = set(), set(), 0
-    for seed in range(16):
+    kinds, layers, sixes, shortcuts = set(), set(), 0, 0
+    for seed in range(24):
         _, imodel = quantize(random_network(seed), random_recipe(seed), images(seed, 2))
         for step in imodel.steps:
             kinds.add(step.operator.KIND)
             sixes += getattr(step.operator, "six", None) is not None
             if isinstance(step.operator, IntegerLayer):
+                shortcuts += step.operator.shortcut is not None
                 layers.add((step.operator.bits, step.operator.layout.kind))
                 assert step.operator.sum_bound < 1 << 31
-    assert kinds == {"input", "convolution", "linear", "add", "average_pool", "max_pool", "relu", "flatten"}
+    assert kinds == set(OPERATORS)
     assert sixes > 0
+    assert shortcuts > 0
     assert {(2, "kernel"), (2, "element"), (4, "kernel"), (4, "element")} <= layers
     assert {bits for bits, _ in layers} == {2, 4, 8}
 
