@@ -11,6 +11,7 @@ lowprec.verify(qmodel, imodel, batches, onnx="model.onnx").raise_if_different()
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from lowprec.verify import verify
 
 __all__ = ["Recipe", "calibrate", "convert", "cost", "export_onnx", "load", "prepare", "save", "solve", "verify"]
+
+__version__ = importlib.metadata.version("lowprec")
 
 # Where each public name lives. Found when first used, so that `import lowprec` and a mistyped command do not wait for torch.
 _HOMES = {

@@ -20,7 +20,7 @@ from lowprec.prepare import full_precision
 
 # safetensors' names of the dtypes in a packed file, and the file's fixed parts: length field and metadata.
 _DTYPE_NAMES = {torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32"}
-_FILE_METADATA = {"format": "lowprec", "version": "1", "checksum": "00000000"}
+_FILE_METADATA = {"format": "lowprec", "version": "2", "checksum": "00000000"}
 # The compressed graph of a packed file, measured on ResNets of 8 to 101 layers (tests/test_cost.py holds it to 3 %).
 GRAPH_BYTES, GRAPH_BYTES_PER_STEP = 390, 11
 

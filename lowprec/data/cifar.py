@@ -17,6 +17,18 @@ class Cifar10(InMemoryDataModule):
     """In ``root`` or the cache folder; torchvision downloads what is missing, and checks the files' MD5 sums."""
 
     num_classes = 10
+    class_names: tuple[str, ...] | None = (
+        "airplane",
+        "automobile",
+        "bird",
+        "cat",
+        "deer",
+        "dog",
+        "frog",
+        "horse",
+        "ship",
+        "truck",
+    )
     input_size = (3, 32, 32)
     mean = (0.4914, 0.4822, 0.4465)
     std = (0.2470, 0.2435, 0.2616)
@@ -43,6 +55,7 @@ class Cifar100(Cifar10):
     """As ``Cifar10``, with 100 classes."""
 
     num_classes = 100
+    class_names = None
     mean = (0.5071, 0.4865, 0.4409)
     std = (0.2673, 0.2564, 0.2762)
     reader = datasets.CIFAR100

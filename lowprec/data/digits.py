@@ -15,6 +15,7 @@ class Digits(InMemoryDataModule):
     """A fifth of the images is the test split, the same one for every seed."""
 
     num_classes = 10
+    class_names = tuple("0123456789")
     input_size = (1, 8, 8)
     mean = (0.3053,)
     std = (0.3760,)

@@ -30,6 +30,18 @@ class FashionMnist(InMemoryDataModule):
     Debian's package, or else in the cache, into which torchvision downloads them."""
 
     num_classes = CLASSES
+    class_names = (
+        "T-shirt/top",
+        "Trouser",
+        "Pullover",
+        "Dress",
+        "Coat",
+        "Sandal",
+        "Shirt",
+        "Sneaker",
+        "Bag",
+        "Ankle boot",
+    )
     input_size = (1, SIDE, SIDE)
     mean = (0.2860,)
     std = (0.3530,)

@@ -87,6 +87,7 @@ class ImageFolder(DataModule):
         self._folders = self._find_folders()
         self.classes = _class_names(self._folders["train"])
         self.num_classes = len(self.classes)
+        self.class_names = tuple(self.classes)
         for folder in self._folders.values():
             _require_same_classes(self._folders["train"], self.classes, folder)
 

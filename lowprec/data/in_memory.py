@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from lowprec.data.epochs import generator_of, split_epoch
 from lowprec.data.module import DataModule, DataOptions, Source
+from lowprec.data.normalization import Normalization
 
 __all__ = ["ImageArrays", "ImageBatches", "InMemoryDataModule", "crop_and_flip"]
 
@@ -40,7 +41,6 @@ class InMemoryDataModule(DataModule):
 
     default_padding: ClassVar[int]
     flip: ClassVar[bool]
-    peak: ClassVar[int] = 255  # the grey value that stands for 1.0
 
     def __init__(self, options: DataOptions, *, padding: int | None = None) -> None:
         super().__init__(options)
@@ -61,8 +61,7 @@ class InMemoryDataModule(DataModule):
         arrays = self._arrays[source]
         return ImageBatches(
             ImageArrays(arrays.images[indices], arrays.labels[indices]),
-            mean=[self.peak * mean for mean in self.mean],
-            std=[self.peak * std for std in self.std],
+            self.normalization,
             augmentation=Augmentation(self.padding, self.flip, self.options.seed) if augment else None,
         )
 
@@ -98,19 +97,18 @@ def crop_and_flip(images_BCHW: UInt8Array, moves_B3: IntArray, padding: int) -> 
 
 
 class ImageBatches(Dataset):
-    """Batches of (images float32 [B, C, H, W], labels int64 [B]); ``mean`` and ``std`` are in grey values.
+    """Batches of (images float32 [B, C, H, W], labels int64 [B]).
 
     NumPy does the work: for so small pieces it is as fast as torch, and where the training keeps all cores busy many
     times faster, because it starts no threads that have to wait for each other.
     """
 
-    def __init__(
-        self, arrays: ImageArrays, mean: list[float], std: list[float], augmentation: Augmentation | None
-    ) -> None:
+    def __init__(self, arrays: ImageArrays, normalization: Normalization, augmentation: Augmentation | None) -> None:
         self.images_NCHW = arrays.images.numpy()
         self.labels = arrays.labels
-        self.mean = np.array(mean, np.float32).reshape(-1, 1, 1)
-        self.factor = 1 / np.array(std, np.float32).reshape(-1, 1, 1)
+        # Few pixel values, many pixels: what each becomes is looked up.
+        self.table_CP = normalization.table().numpy()
+        self.channels_C11 = np.arange(len(self.table_CP)).reshape(-1, 1, 1)
         self.augmentation = augmentation
         self._epoch = -1
         self._moves_N3: IntArray = np.empty((0, 3), np.int64)
@@ -130,6 +128,6 @@ class ImageBatches(Dataset):
             if epoch != self._epoch:  # the moves of all images at once, so that they do not depend on the batches
                 self._epoch, self._moves_N3 = epoch, self.augmentation.draw(len(self), epoch)
             images_BCHW = crop_and_flip(images_BCHW, self._moves_N3[chosen], self.augmentation.padding)
-        normalised = np.subtract(images_BCHW, self.mean, dtype=np.float32)
-        normalised *= self.factor
+        single = len(self.table_CP) == 1
+        normalised = self.table_CP[0][images_BCHW] if single else self.table_CP[self.channels_C11, images_BCHW]
         return torch.from_numpy(normalised), self.labels[chosen]

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lowprec.data.epochs import EpochSampler, generator_of
+from lowprec.data.normalization import Normalization
 from lowprec.data.splits import Splits, split, stratified_order
 
 __all__ = ["DataModule", "DataOptions", "Source"]
@@ -71,6 +72,8 @@ class DataModule(LightningDataModule, ABC):
         in_channels: channels of the images.
         input_size: (C, H, W) of the images.
         mean, std: normalisation, a float per channel, for pixels in 0..1.
+        peak: the pixel value that stands for 1.0.
+        class_names: of the classes in order, None if they have none.
     """
 
     default_validation_share: ClassVar[float] = 0.1
@@ -79,6 +82,8 @@ class DataModule(LightningDataModule, ABC):
     input_size: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    peak: ClassVar[int] = 255
+    class_names: tuple[str, ...] | None = None
 
     def __init__(self, options: DataOptions) -> None:
         super().__init__()
@@ -98,6 +103,11 @@ class DataModule(LightningDataModule, ABC):
     @property
     def in_channels(self) -> int:
         return self.input_size[0]
+
+    @property
+    def normalization(self) -> Normalization:
+        """How pixels become the floats of a batch."""
+        return Normalization(self.mean, self.std, self.peak)
 
     @property
     def splits(self) -> Splits:

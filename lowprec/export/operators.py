@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from lowprec.export import openvino
 from lowprec.export.qdq import SIGNED_ZERO_POINT, QdqGraph, codes_name, values_name, zero_point
 from lowprec.integer.model import Step
 from lowprec.integer.operators import (
@@ -37,6 +38,10 @@ from lowprec.integer.operators import (
     IntegerUpsample,
 )
 
+OPENVINO = "openvino"
+FLOAT32_EXACT = 1 << 24
+LARGEST_SHIFT = 16
+
 
 def write_step(graph: QdqGraph, step: Step) -> str:
     """Adds a step's nodes; returns the name of the float tensor that it ends in.
@@ -56,19 +61,30 @@ def _values(step: Step) -> list[str]:
 
 
 def _input(graph: QdqGraph, step: Step, operator: IntegerInput) -> None:
-    graph.quantize(step.name, "images", operator.output)
+    values = "images"
+    if graph.runtime == OPENVINO and operator.output.signed:
+        values = openvino.rounded(graph, step.name, values, operator.output.exponent)
+    graph.quantize(step.name, values, operator.output)
 
 
 def _convolution(graph: QdqGraph, step: Step, layer: IntegerConv2d) -> None:
-    weight, offset = _weight(layer)
-    inputs = [_values(step)[0], *_weight_and_bias(graph, step.name, layer, weight, offset, axis=0)]
+    values, stride = _values(step)[0], layer.stride
+    depthwise = layer.groups == layer.codes.shape[0] == graph.shapes[step.inputs[0]][1]
+    weight, offset = _weight(graph, layer, depthwise)
+    if graph.runtime == OPENVINO:
+        pointwise = weight.shape[2:] == (1, 1) and layer.groups == 1 and not any(layer.padding)
+        if _is_doubled(graph, layer, depthwise):
+            values = openvino.doubled(graph, step.inputs[0], layer.groups)
+        elif pointwise and stride != (1, 1):
+            values, stride = openvino.strided(graph, step.inputs[0], stride), (1, 1)
+    inputs = [values, *_weight_and_bias(graph, step.name, layer, weight, offset, axis=0)]
     graph.node(
         "Conv",
         inputs,
         _sums_name(step.name, layer),
         step.name,
         kernel_shape=weight.shape[2:],
-        strides=layer.stride,
+        strides=stride,
         pads=layer.padding * 2,
         dilations=layer.dilation,
         group=layer.groups,
@@ -77,20 +93,33 @@ def _convolution(graph: QdqGraph, step: Step, layer: IntegerConv2d) -> None:
 
 
 def _linear(graph: QdqGraph, step: Step, layer: IntegerLinear) -> None:
-    weight, offset = _weight(layer)
+    weight, offset = _weight(graph, layer)
     inputs = _weight_and_bias(graph, step.name, layer, np.ascontiguousarray(weight.T), offset, axis=1)
-    if len(graph.shapes[step.name]) == 2:
-        graph.node("Gemm", [_values(step)[0], *inputs], _sums_name(step.name, layer), step.name)
+    flat = len(graph.shapes[step.name]) == 2
+    values = _values(step)[0]
+    if _is_doubled(graph, layer) and flat:
+        values = openvino.doubled(graph, step.inputs[0], 1)
+    if flat:
+        graph.node("Gemm", [values, *inputs], _sums_name(step.name, layer), step.name)
     else:
-        product = graph.node("MatMul", [_values(step)[0], inputs[0]], f"{step.name}.product")
+        product = graph.node("MatMul", [values, inputs[0]], f"{step.name}.product")
         graph.node("Add", [product, inputs[1]], _sums_name(step.name, layer), step.name)
     _finish_layer(graph, step, layer)
 
 
-def _weight(layer: IntegerLayer) -> tuple[np.ndarray, int]:
+def _weight(graph: QdqGraph, layer: IntegerLayer, depthwise: bool = False) -> tuple[np.ndarray, int]:
     """Effective codes with their zero point: int8 within ±64, or uint8 for layers of 8 bits."""
-    offset, kind = (SIGNED_ZERO_POINT, np.uint8) if layer.bits == 8 else (0, np.int8)
-    return (layer.effective.numpy() + offset).astype(kind), offset
+    weight = layer.effective.numpy()
+    if _is_doubled(graph, layer, depthwise):
+        return openvino.halves(weight), 0
+    if layer.bits == 8 and not (graph.runtime == OPENVINO and depthwise):
+        return (weight + SIGNED_ZERO_POINT).astype(np.uint8), SIGNED_ZERO_POINT
+    return weight.astype(np.int8), 0
+
+
+def _is_doubled(graph: QdqGraph, layer: IntegerLayer, depthwise: bool = False) -> bool:
+    """Whether 8-bit weights are written as two of 7 bits: depthwise kernels sum no pairs, so nothing saturates there."""
+    return graph.runtime == OPENVINO and layer.bits == 8 and not depthwise
 
 
 def _weight_and_bias(
@@ -107,6 +136,7 @@ def _sums_name(name: str, layer: IntegerLayer) -> str:
 
 
 def _finish_layer(graph: QdqGraph, step: Step, layer: IntegerLayer) -> None:
+    _check_shift(step.name, layer)
     sums = _sums_name(step.name, layer)
     if layer.shortcut is not None:
         graph.node("Add", [sums, _values(step)[1]], f"{step.name}.float", f"{step.name}.shortcut")
@@ -116,8 +146,23 @@ def _finish_layer(graph: QdqGraph, step: Step, layer: IntegerLayer) -> None:
         _finish(graph, step.name, layer.output, layer.six)
 
 
+def _check_shift(name: str, layer: IntegerLayer) -> None:
+    """Runtimes hold sums in float32 before they round: exact below 2^24, or where larger ones are clamped anyway."""
+    if layer.output is None:
+        return
+    shift = int((layer.output.exponent - layer.sum_exponents).max())
+    if shift > LARGEST_SHIFT and layer.sum_bound >= FLOAT32_EXACT:
+        raise ValueError(
+            f"{name}: sums of up to {layer.sum_bound} are shifted by {shift} places; at most {LARGEST_SHIFT} are exact "
+            "in float32 kernels. Convert the model again with this version of lowprec"
+        )
+
+
 def _add(graph: QdqGraph, step: Step, operator: IntegerAdd) -> None:
-    graph.node("Add", _values(step), f"{step.name}.float", step.name)
+    values = _values(step)
+    if graph.runtime == OPENVINO:
+        values = [openvino.kept_apart(graph, name) for name in step.inputs]
+    graph.node("Add", values, f"{step.name}.float", step.name)
     _finish(graph, step.name, operator.output, operator.six)
 
 
@@ -181,16 +226,20 @@ def _average_pool(graph: QdqGraph, step: Step, pool: IntegerAveragePool) -> None
     name, shape = step.name, graph.shapes[step.inputs[0]]
     pooled = name if pool.keep_axes else f"{name}.pooled"
     if pool.kernel_size is not None:
+        values, padding = _values(step)[0], pool.padding + _end_padding(graph, step, pool, (1, 1))
+        # What only a window that ceil_mode added hangs over is never counted.
+        counted = pool.count_include_pad and not pool.ceil_mode
+        if graph.runtime == OPENVINO and counted and any(padding) and pool.input.signed:
+            values, padding = openvino.zero_padded(graph, step.inputs[0], padding), (0, 0, 0, 0)
         graph.node(
             "AveragePool",
-            _values(step),
+            [values],
             f"{pooled}.float",
             pooled,
             kernel_shape=pool.kernel_size,
             strides=pool.stride,
-            pads=pool.padding + _end_padding(graph, step, pool, (1, 1)),
-            # What only a window that ceil_mode added hangs over is never counted.
-            count_include_pad=int(pool.count_include_pad and not pool.ceil_mode),
+            pads=padding,
+            count_include_pad=int(counted),
         )
     elif _multiplying_is_dividing(shape[2] * shape[3], pool.input.exponent - pool.output.exponent):
         graph.node("GlobalAveragePool", _values(step), f"{pooled}.float", pooled)
@@ -226,6 +275,7 @@ def _multiplying_is_dividing(size: int, shift: int) -> bool:
 
 
 def _flatten(graph: QdqGraph, step: Step, operator: IntegerFlatten) -> None:
+    # On values: ONNX Runtime fuses a matrix product with the DequantizeLinear of a quantized tensor only.
     graph.node("Flatten", _values(step), f"{step.name}.float", step.name, axis=1)
     graph.quantize(step.name, f"{step.name}.float", operator.output)
 

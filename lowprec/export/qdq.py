@@ -5,6 +5,7 @@ The tensor ``NAME.codes`` holds the codes of a step with its zero point added, `
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -32,10 +33,14 @@ def zero_point(grid: Grid) -> int:
 
 
 class QdqGraph:
-    """Nodes and constants, in order. ``shapes``: of each step's codes for one image."""
+    """Nodes and constants, in order.
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+    shapes: of each step's codes for one image. runtime: whose exact form is written, ``onnxruntime`` or ``openvino``.
+    """
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], runtime: str = "onnxruntime") -> None:
         self.shapes = shapes
+        self.runtime = runtime
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
 
@@ -67,6 +72,15 @@ class QdqGraph:
         self.constant(f"{name}.zero_point", np.full(len(exponents), offset, codes.dtype))
         inputs = [name, f"{name}.scale", f"{name}.zero_point"]
         return self.node("DequantizeLinear", inputs, values_name(name), f"{name}.dequantize", axis=axis)
+
+    def recode(self, name: str, part: str, write: Callable[[str, str], None]) -> str:
+        """Values of the codes of ``name`` after ``write(codes, result)`` has moved them; written once for each ``part``."""
+        moved = f"{name}.{part}"
+        if values_name(moved) not in {output for node in self.nodes for output in node.output}:
+            write(codes_name(name), codes_name(moved))
+            inputs = [codes_name(moved), f"{name}.scale", f"{name}.zero_point"]
+            self.node("DequantizeLinear", inputs, values_name(moved), f"{moved}.dequantize")
+        return values_name(moved)
 
     def clip(self, name: str, codes: str, grid: Grid, low: int, six: int | None) -> None:
         """Cuts codes, in integers, to ``low`` and to the grid's highest code or ReLU6's ``six``."""

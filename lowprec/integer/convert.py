@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lowprec import __version__
 from lowprec.graph.movement import is_movement
 from lowprec.graph.nodes import number_nodes, pair, step_name, tensors_of
 from lowprec.graph.recognition import is_nothing
@@ -63,7 +64,8 @@ def convert(qmodel: fx.GraphModule) -> IntegerModel:
     for name, module in qmodel.named_modules():
         if isinstance(module, ActivationQuantizer) and not module.calibrated:
             raise ConversionError(f"{name} has no exponent yet: call lowprec.calibrate(qmodel, batches) before convert")
-    return IntegerModel(_Converter(qmodel).steps(), qmodel.meta["image_shape"]).eval()
+    metadata = {"lowprec": __version__, "recipe": qmodel.meta["recipe"].to_dict()}
+    return IntegerModel(_Converter(qmodel).steps(), qmodel.meta["image_shape"], metadata).eval()
 
 
 class _Converter:

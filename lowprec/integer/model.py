@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +24,15 @@ class IntegerModel(nn.Module):
     """Float images in, float logits out; between them integers alone. The last step's result is the output.
 
     image_shape: (channels, height, width) of the images that the model was prepared with. Images of another size may do
-    here; the exported ONNX file is made for this one.
+    here; the exported ONNX file is made for this one. metadata: what was known when it was converted (lowprec's version, the
+    recipe), as JSON can hold it; it goes into every file.
     """
 
-    def __init__(self, steps: list[Step], image_shape: tuple[int, int, int]) -> None:
+    def __init__(
+        self, steps: list[Step], image_shape: tuple[int, int, int], metadata: dict[str, Any] | None = None
+    ) -> None:
         super().__init__()
+        self.metadata = metadata or {}
         self.image_shape = image_shape
         self.steps = steps
         self.operators = nn.ModuleList([step.operator for step in steps])
@@ -52,6 +57,10 @@ class IntegerModel(nn.Module):
         for step in self.steps:
             results[step.name] = self._run_step(step, images, results)
         return results
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every step's codes for one image, by its name."""
+        return {name: tuple(codes.shape) for name, codes in self.codes(torch.zeros(1, *self.image_shape)).items()}
 
     @staticmethod
     def _run_step(step: Step, images: Tensor, results: dict[str, Tensor]) -> Tensor:

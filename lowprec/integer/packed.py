@@ -21,7 +21,7 @@ from lowprec.integer.operators import OPERATORS, Grid, IntegerLayer
 from lowprec.numerics.packing import pack_codes, packed_layout, unpack_codes
 
 FORMAT = "lowprec"
-VERSION = 1
+VERSION = 2
 GRAPH = "graph"
 # The keys that make a mapping in the graph a Grid.
 GRID_KEYS = {"exponent", "low", "high"}
@@ -52,7 +52,9 @@ def save(model: IntegerModel, path: str | Path) -> None:
         for name, tensor in stored.items():
             tensors[f"{step.name}.{name}"] = tensor.cpu().contiguous()
         graph.append(entry)
-    text = json.dumps({"image_shape": model.image_shape, "steps": graph}, separators=(",", ":"))
+    text = json.dumps(
+        {"image_shape": model.image_shape, "metadata": model.metadata, "steps": graph}, separators=(",", ":")
+    )
     tensors[GRAPH] = torch.frombuffer(bytearray(zlib.compress(text.encode(), 9)), dtype=torch.uint8)
     metadata = {"format": FORMAT, "version": str(VERSION), "checksum": _checksum(tensors)}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -94,7 +96,7 @@ def load(path: str | Path) -> IntegerModel:
         raise PackedFileError(f"{path} is damaged: its checksum does not match its content. Copy or export it again")
     content = json.loads(zlib.decompress(tensors[GRAPH].numpy().tobytes()))
     steps = [_step(entry, tensors) for entry in content["steps"]]
-    return IntegerModel(steps, tuple(content["image_shape"])).eval()
+    return IntegerModel(steps, tuple(content["image_shape"]), content["metadata"]).eval()
 
 
 def _packed_tensors(layer: IntegerLayer) -> dict[str, Tensor]:

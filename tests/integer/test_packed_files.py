@@ -124,9 +124,9 @@ def test_other_formats_are_refused(tmp_path: Path) -> None:
 
 def test_a_later_version_is_refused(tiny: IntegerModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as later:
-        later.setattr(packed, "VERSION", 2)
+        later.setattr(packed, "VERSION", packed.VERSION + 1)
         lowprec.save(tiny, tmp_path / "model.safetensors")
-    with pytest.raises(PackedFileError, match=r"version 2, this lowprec reads version 1: update lowprec"):
+    with pytest.raises(PackedFileError, match=r"version 3, this lowprec reads version 2: update lowprec"):
         lowprec.load(tmp_path / "model.safetensors")
 
 

@@ -104,21 +104,21 @@ class IntegerConcatenation(IntegerOperator):
     KIND = "concatenation"
     output: Grid
 
-    def __init__(self, inputs: Sequence[Grid], output: Grid, axis: int) -> None:
+    def __init__(self, grids: Sequence[Grid], output: Grid, axis: int) -> None:
         super().__init__(output)
-        self.inputs = tuple(inputs)
+        self.grids = tuple(grids)
         self.axis = axis
 
     def forward(self, *tensors: Tensor) -> Tensor:
         """int32 tensors of codes, equal in shape but along ``axis`` -> int32 codes."""
         shifted = [
             shift_round_half_even(codes, self.output.exponent - grid.exponent)
-            for codes, grid in zip(tensors, self.inputs, strict=True)
+            for codes, grid in zip(tensors, self.grids, strict=True)
         ]
         return torch.cat(shifted, self.axis).clamp(self.output.low, self.output.high).to(torch.int32)
 
     def attributes(self) -> dict[str, Any]:
-        return {**super().attributes(), "inputs": [asdict(grid) for grid in self.inputs], "axis": self.axis}
+        return {**super().attributes(), "grids": [asdict(grid) for grid in self.grids], "axis": self.axis}
 
 
 class IntegerLookup(IntegerOperator):
