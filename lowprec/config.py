@@ -20,6 +20,9 @@ from lowprec.recipe import Recipe, RecipeError
 
 TASKS = ("train", "evaluate", "verify", "export", "cost")
 DATA_SETS = ("fashion_mnist", "digits", "cifar10", "cifar100", "imagenet", "image_folder")
+RUNTIMES = ("onnxruntime", "openvino")
+INPUTS = ("float", "uint8", "uint8_nhwc")
+OPSETS = range(13, 26)
 OPTIMIZERS = ("sgd", "adamw")
 PRECISIONS = ("auto", "32", "bf16")
 ACCELERATORS = ("auto", "cpu", "gpu")
@@ -37,6 +40,8 @@ INCIDENTAL_KEYS = (
     "data.num_workers",
     "data.eval_batch_size",
     "trainer.progress",
+    "export",
+    "verify",
 )
 
 
@@ -147,6 +152,27 @@ class LoggerConfig:
 
 
 @dataclass
+class ExportConfig:
+    """How the ONNX file is written: see :class:`lowprec.export.onnx.ExportOptions`.
+
+    ``batch_size`` null leaves the batch open. ``input``: ``float`` (normalised images), ``uint8`` or ``uint8_nhwc`` (pixels,
+    with the data's normalization folded in).
+    """
+
+    runtime: str = "onnxruntime"
+    opset: int = 18
+    batch_size: Optional[int] = None  # noqa: UP045
+    input: str = "float"
+
+
+@dataclass
+class VerifyConfig:
+    """``images`` of the test split are compared code by code; null compares all."""
+
+    images: Optional[int] = None  # noqa: UP045
+
+
+@dataclass
 class RunConfig:
     """Everything that a run depends on. ``quant`` holds a recipe (see :class:`lowprec.Recipe`)."""
 
@@ -164,6 +190,8 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
 
     @property
     def recipe(self) -> Recipe:
@@ -179,6 +207,7 @@ class RunConfig:
         _require("seed", self.seed, 0 <= self.seed < 2**32, "a whole number from 0 to 2^32 - 1")
         self._validate_data()
         self._validate_training()
+        self._validate_export()
         _require_choice("logger.mode", self.logger.mode, WANDB_MODES)
         try:
             self.recipe  # noqa: B018 - building it is the check
@@ -209,6 +238,15 @@ class RunConfig:
             "data.root", data.root, data.root is not None or not needs_root, "the folder that holds train/ and val/"
         )
         _require("data.num_workers", data.num_workers, data.num_workers >= 0, "0 or more")
+
+    def _validate_export(self) -> None:
+        export, images = self.export, self.verify.images
+        _require_choice("export.runtime", export.runtime, RUNTIMES)
+        _require_choice("export.input", export.input, INPUTS)
+        _require("export.opset", export.opset, export.opset in OPSETS, f"{OPSETS.start} to {OPSETS.stop - 1}")
+        batch = export.batch_size
+        _require("export.batch_size", batch, batch is None or batch > 0, "at least 1, or null for any")
+        _require("verify.images", images, images is None or images > 0, "at least 1, or null for all")
 
     def _validate_training(self) -> None:
         trainer, distillation = self.trainer, self.trainer.distillation

@@ -9,24 +9,24 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
 from torch import Tensor, fx
 
 from lowprec.export.qdq import codes_name, zero_point
-from lowprec.export.runtime import onnx_session
+from lowprec.export.runtime import RUNTIME_NAMES, ExportedModel
 from lowprec.graph.nodes import step_name
 from lowprec.integer.model import IntegerModel, Step
-from lowprec.integer.operators import IntegerLayer
+from lowprec.integer.operators import IntegerLayer, sum_exponents_like
 from lowprec.numerics.fixed_point import scale_by_power_of_two
 
 # float32 holds every integer up to here, so float32 sums of codes are exact below it.
 FLOAT32_EXACT = 1 << 24
-FAKE_QUANT, ONNX = "fake-quant", "ONNX Runtime"
+FAKE_QUANT, ONNX = "fake-quant", RUNTIME_NAMES["onnxruntime"]
 
 
 class VerificationError(AssertionError):
@@ -35,12 +35,24 @@ class VerificationError(AssertionError):
 
 @dataclass
 class TensorComparison:
-    """One tensor against the integer executor's: how many codes were compared, how many differ."""
+    """One tensor against the integer executor's: how many codes were compared, how many differ, by how much at most."""
 
     tensor: str
     against: str
     compared: int = 0
     mismatched: int = 0
+    largest_difference: int = 0
+
+    def add(self, found: Tensor, expected: Tensor) -> None:
+        """Counts the codes of one batch: all of them as different where the shapes are, which ``!=`` would broadcast."""
+        self.compared += expected.numel()
+        if found.shape != expected.shape:
+            self.mismatched += expected.numel()
+            return
+        difference = (found.double() - expected.double()).abs()
+        self.mismatched += int((difference != 0).sum())
+        # Sums may be 32 bits wide, and a value off the grid differs by less than one.
+        self.largest_difference = max(self.largest_difference, ceil(float(difference.max())) if len(difference) else 0)
 
 
 @dataclass
@@ -69,14 +81,16 @@ class VerificationReport:
             first = next(comparison for comparison in self.comparisons if comparison.mismatched)
             raise VerificationError(
                 f"{self.mismatched_codes} of {self.compared_codes} codes differ; the first in {first.tensor} "
-                f"({first.against} against the integer executor: {first.mismatched} of {first.compared})"
+                f"({first.against} against the integer executor: {first.mismatched} of {first.compared}, by up to "
+                f"{first.largest_difference})"
             )
 
     def __str__(self) -> str:
         width = max([len(comparison.tensor) for comparison in self.comparisons], default=6)
-        rows = [f"{'tensor':{width}}  {'against':12}  {'codes':>13}  {'differing':>10}"]
+        rows = [f"{'tensor':{width}}  {'against':12}  {'codes':>13}  {'differing':>10}  {'by up to':>8}"]
         rows += [
             f"{comparison.tensor:{width}}  {comparison.against:12}  {comparison.compared:>13,}  {comparison.mismatched:>10,}"
+            f"  {comparison.largest_difference:>8,}"
             for comparison in self.comparisons
         ]
         total = f"{self.images} images, {self.compared_codes:,} codes compared, {self.mismatched_codes:,} differ"
@@ -85,13 +99,17 @@ class VerificationReport:
 
 @torch.no_grad()
 def verify(
-    qmodel: fx.GraphModule, imodel: IntegerModel, batches: Iterable[Any], onnx: str | Path | None = None
+    qmodel: fx.GraphModule,
+    imodel: IntegerModel,
+    batches: Iterable[Any],
+    onnx: str | Path | None = None,
+    runtime: str | None = None,
 ) -> VerificationReport:
     """Compares the codes of every tensor on the images of ``batches``; of (images, labels) pairs the images are taken.
 
     The fake-quant side runs in eval mode, in float32 where no sum can leave float32's exact integers, else in float64.
-    onnx: path of the file that :func:`lowprec.export_onnx` wrote; None leaves ONNX Runtime out. The report's
-    ``raise_if_different()`` is the gate.
+    onnx: path of the file that :func:`lowprec.export_onnx` wrote; None leaves it out. runtime: ``onnxruntime`` or
+    ``openvino``; None is the one that the file was written for. The report's ``raise_if_different()`` is the gate.
 
     Raises:
         FileNotFoundError: there is no such ONNX file.
@@ -99,30 +117,24 @@ def verify(
     """
     dtype = torch.float32 if imodel.sum_bound < FLOAT32_EXACT else torch.float64
     reference = _FakeQuantCodes(copy.deepcopy(qmodel).cpu().eval().to(dtype))
-    session = None if onnx is None else OnnxCodes(onnx, imodel)
+    exported = None if onnx is None else ExportedCodes(onnx, imodel, runtime)
     report = VerificationReport(fake_quant_dtype=str(dtype).removeprefix("torch."))
     counts: dict[tuple[str, str], TensorComparison] = {}
     for batch in batches:
         images = (batch[0] if isinstance(batch, list | tuple) else batch).cpu().float()
         expected = imodel.codes(images)
         found = {FAKE_QUANT: reference.run(images.to(dtype), imodel)}
-        if session is not None:
-            found[ONNX] = session.run(images)
+        if exported is not None:
+            found[exported.name] = exported.run(images)
         report.images += len(images)
         for step in imodel.steps:
             for against, codes in found.items():
                 if step.name not in codes:
                     continue
                 comparison = counts.setdefault((step.name, against), TensorComparison(step.name, against))
-                comparison.compared += expected[step.name].numel()
-                comparison.mismatched += _differing(codes[step.name], expected[step.name])
+                comparison.add(codes[step.name], expected[step.name])
     report.comparisons = list(counts.values())
     return report
-
-
-def _differing(found: Tensor, expected: Tensor) -> int:
-    """How many codes differ: all of them where the shapes do, which ``!=`` would broadcast."""
-    return expected.numel() if found.shape != expected.shape else int((found != expected).sum())
 
 
 class _FakeQuantCodes(fx.Interpreter):
@@ -141,56 +153,59 @@ class _FakeQuantCodes(fx.Interpreter):
         """Codes by step name, float64: value / 2^exponent, a whole number only if the value lies on its grid."""
         super().run(images)
         return {
-            step.name: scale_by_power_of_two(self.results[step.name].double(), -_exponent(step))
+            step.name: _codes(step, self.results[step.name].double())
             for step in imodel.steps
             # One call may become several steps; the last of them bears its name.
             if step.name in self.results
         }
 
 
-class OnnxCodes:
-    """An exported file in ONNX Runtime on the CPU, with every step's codes as an output beside the logits.
+def _codes(step: Step, values: Tensor) -> Tensor:
+    return scale_by_power_of_two(values, -_exponent(step, values))
+
+
+class ExportedCodes:
+    """The codes of every step of an exported file.
+
+    Outputs beside the logits change what OpenVINO fuses; so the logits come from the file as it is, the codes from a second
+    copy of it.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file lacks tensors of the model.
     """
 
-    def __init__(self, path: str | Path, imodel: IntegerModel) -> None:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no ONNX file at {path}: lowprec.export_onnx(imodel, path) writes one")
-        proto = onnx.load(path)
-        made = {name for node in proto.graph.node for name in node.output}
+    def __init__(self, path: str | Path, imodel: IntegerModel, runtime: str | None = None) -> None:
         self.steps = [step for step in imodel.steps if step.operator.output is not None]
         self.last = imodel.steps[-1]
-        missing = [step.name for step in self.steps if codes_name(step.name) not in made]
+        self.exported = ExportedModel(path, runtime)
+        names = [codes_name(step.name) for step in self.steps]
+        missing = [step.name for step, name in zip(self.steps, names, strict=True) if name not in self.exported.tensors]
         if missing:
             raise ValueError(f"{path} is not the export of this model: it has no codes of {', '.join(missing[:5])}")
-        present = {output.name for output in proto.graph.output}
-        for step in self.steps:
-            if codes_name(step.name) not in present:
-                proto.graph.output.append(
-                    onnx.helper.make_tensor_value_info(codes_name(step.name), onnx.TensorProto.UINT8, None)
-                )
-        self.session = onnx_session(proto.SerializeToString())
+        self.opened = ExportedModel(path, runtime, outputs=names)
+
+    @property
+    def name(self) -> str:
+        """The runtime as reports name it."""
+        return RUNTIME_NAMES[self.exported.runtime]
 
     def run(self, images: Tensor) -> dict[str, Tensor]:
         """Codes by step name, float64, zero points taken off; the last step's 32-bit sums if it has no grid."""
-        names = [codes_name(step.name) for step in self.steps]
-        *codes, logits = self.session.run([*names, "logits"], {"images": images.numpy()})
+        codes = self.opened.run([codes_name(step.name) for step in self.steps], images)
         results = {
             step.name: torch.from_numpy(array.astype(np.float64)) - zero_point(step.operator.output)  # type: ignore[arg-type]
             for step, array in zip(self.steps, codes, strict=True)
         }
         # The logits as a user gets them; where they have a grid, they are its codes once more.
-        values = torch.from_numpy(logits.astype(np.float64))
-        results[self.last.name] = scale_by_power_of_two(values, -_exponent(self.last))
+        values = self.exported(images).double()
+        results[self.last.name] = _codes(self.last, values)
         return results
 
 
-def _exponent(step: Step) -> Tensor:
+def _exponent(step: Step, values: Tensor) -> Tensor:
+    """Exponents of a step's values, in a shape that broadcasts against them."""
     if step.operator.output is not None:
         return torch.tensor(step.operator.output.exponent, dtype=torch.int32)
     assert isinstance(step.operator, IntegerLayer)
-    spatial: list[int] = [1, 1] if step.operator.codes.dim() == 4 else []
-    return step.operator.sum_exponents.view(1, -1, *spatial)
+    return sum_exponents_like(values, step.operator)

@@ -14,6 +14,8 @@ import numpy as np
 
 from lowprec.export.qdq import QdqGraph
 
+NAME = "openvino"
+
 
 def kept_apart(graph: QdqGraph, name: str) -> str:
     """An operand of an add, behind a 1×1 max pooling of its codes: it changes none, and no fusion reaches over it."""

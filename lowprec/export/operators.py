@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 
 from lowprec.export import openvino
+from lowprec.export.pooling import write_average_pool, write_max_pool
 from lowprec.export.qdq import SIGNED_ZERO_POINT, QdqGraph, codes_name, values_name, zero_point
 from lowprec.integer.model import Step
 from lowprec.integer.operators import (
@@ -38,7 +39,6 @@ from lowprec.integer.operators import (
     IntegerUpsample,
 )
 
-OPENVINO = "openvino"
 FLOAT32_EXACT = 1 << 24
 LARGEST_SHIFT = 16
 
@@ -62,7 +62,7 @@ def _values(step: Step) -> list[str]:
 
 def _input(graph: QdqGraph, step: Step, operator: IntegerInput) -> None:
     values = "images"
-    if graph.runtime == OPENVINO and operator.output.signed:
+    if graph.runtime == openvino.NAME and operator.output.signed:
         values = openvino.rounded(graph, step.name, values, operator.output.exponent)
     graph.quantize(step.name, values, operator.output)
 
@@ -71,7 +71,7 @@ def _convolution(graph: QdqGraph, step: Step, layer: IntegerConv2d) -> None:
     values, stride = _values(step)[0], layer.stride
     depthwise = layer.groups == layer.codes.shape[0] == graph.shapes[step.inputs[0]][1]
     weight, offset = _weight(graph, layer, depthwise)
-    if graph.runtime == OPENVINO:
+    if graph.runtime == openvino.NAME:
         pointwise = weight.shape[2:] == (1, 1) and layer.groups == 1 and not any(layer.padding)
         if _is_doubled(graph, layer, depthwise):
             values = openvino.doubled(graph, step.inputs[0], layer.groups)
@@ -112,14 +112,14 @@ def _weight(graph: QdqGraph, layer: IntegerLayer, depthwise: bool = False) -> tu
     weight = layer.effective.numpy()
     if _is_doubled(graph, layer, depthwise):
         return openvino.halves(weight), 0
-    if layer.bits == 8 and not (graph.runtime == OPENVINO and depthwise):
+    if layer.bits == 8 and not (graph.runtime == openvino.NAME and depthwise):
         return (weight + SIGNED_ZERO_POINT).astype(np.uint8), SIGNED_ZERO_POINT
     return weight.astype(np.int8), 0
 
 
 def _is_doubled(graph: QdqGraph, layer: IntegerLayer, depthwise: bool = False) -> bool:
     """Whether 8-bit weights are written as two of 7 bits: depthwise kernels sum no pairs, so nothing saturates there."""
-    return graph.runtime == OPENVINO and layer.bits == 8 and not depthwise
+    return graph.runtime == openvino.NAME and layer.bits == 8 and not depthwise
 
 
 def _weight_and_bias(
@@ -160,7 +160,7 @@ def _check_shift(name: str, layer: IntegerLayer) -> None:
 
 def _add(graph: QdqGraph, step: Step, operator: IntegerAdd) -> None:
     values = _values(step)
-    if graph.runtime == OPENVINO:
+    if graph.runtime == openvino.NAME:
         values = [openvino.kept_apart(graph, name) for name in step.inputs]
     graph.node("Add", values, f"{step.name}.float", step.name)
     _finish(graph, step.name, operator.output, operator.six)
@@ -206,72 +206,6 @@ def _lookup(graph: QdqGraph, step: Step, operator: IntegerLookup) -> None:
         entries = graph.node("Add", [entries, f"{name}.offsets"], f"{name}.channel_entries")
     graph.node("Gather", [f"{name}.table", entries], codes_name(name), name)
     graph.dequantize(name, operator.output)
-
-
-def _max_pool(graph: QdqGraph, step: Step, pool: IntegerMaxPool) -> None:
-    graph.node(
-        "MaxPool",
-        _values(step),
-        f"{step.name}.float",
-        step.name,
-        kernel_shape=pool.kernel_size,
-        strides=pool.stride,
-        pads=pool.padding + _end_padding(graph, step, pool, pool.dilation),
-        dilations=pool.dilation,
-    )
-    graph.quantize(step.name, f"{step.name}.float", pool.output)
-
-
-def _average_pool(graph: QdqGraph, step: Step, pool: IntegerAveragePool) -> None:
-    name, shape = step.name, graph.shapes[step.inputs[0]]
-    pooled = name if pool.keep_axes else f"{name}.pooled"
-    if pool.kernel_size is not None:
-        values, padding = _values(step)[0], pool.padding + _end_padding(graph, step, pool, (1, 1))
-        # What only a window that ceil_mode added hangs over is never counted.
-        counted = pool.count_include_pad and not pool.ceil_mode
-        if graph.runtime == OPENVINO and counted and any(padding) and pool.input.signed:
-            values, padding = openvino.zero_padded(graph, step.inputs[0], padding), (0, 0, 0, 0)
-        graph.node(
-            "AveragePool",
-            [values],
-            f"{pooled}.float",
-            pooled,
-            kernel_shape=pool.kernel_size,
-            strides=pool.stride,
-            pads=padding,
-            count_include_pad=int(counted),
-        )
-    elif _multiplying_is_dividing(shape[2] * shape[3], pool.input.exponent - pool.output.exponent):
-        graph.node("GlobalAveragePool", _values(step), f"{pooled}.float", pooled)
-    else:
-        graph.node("AveragePool", _values(step), f"{pooled}.float", pooled, kernel_shape=shape[2:])
-    graph.quantize(pooled, f"{pooled}.float", pool.output)
-    if not pool.keep_axes:
-        graph.node("Flatten", [values_name(pooled)], f"{name}.float", name, axis=1)
-        graph.quantize(name, f"{name}.float", pool.output)
-
-
-def _end_padding(
-    graph: QdqGraph, step: Step, pool: IntegerAveragePool | IntegerMaxPool, dilation: tuple[int, ...]
-) -> tuple[int, ...]:
-    """Padding below and to the right with which all windows fit: ONNX and torch disagree on ceil_mode's last one."""
-    assert pool.kernel_size is not None
-    assert pool.stride is not None
-    before, after = graph.shapes[step.inputs[0]][2:], graph.shapes[step.name][2:]
-    sides = zip(before, after, pool.kernel_size, pool.stride, pool.padding, dilation, strict=True)
-    return tuple(
-        max(padding, (windows - 1) * stride + (kernel - 1) * gap + 1 - side - padding)
-        for side, windows, kernel, stride, padding, gap in sides
-    )
-
-
-def _multiplying_is_dividing(size: int, shift: int) -> bool:
-    """Whether rounding sum · (2^shift / size) equals rounding sum · 2^shift / size for all sums of 8-bit codes.
-
-    ONNX Runtime's global pooling multiplies by a rounded reciprocal. That is exact for powers of two; else it may miss a
-    tie (a quotient of exactly one half), and ties happen only where 2^(shift + 1) and size leave a multiple of size.
-    """
-    return size & (size - 1) == 0 or (size % 2 == 1 and shift >= 0)
 
 
 def _flatten(graph: QdqGraph, step: Step, operator: IntegerFlatten) -> None:
@@ -328,8 +262,8 @@ _WRITERS: dict[type[IntegerOperator], Callable[[QdqGraph, Step, Any], None]] = {
     IntegerConcatenation: _concatenation,
     IntegerReLU: _relu,
     IntegerLookup: _lookup,
-    IntegerMaxPool: _max_pool,
-    IntegerAveragePool: _average_pool,
+    IntegerMaxPool: write_max_pool,
+    IntegerAveragePool: write_average_pool,
     IntegerFlatten: _flatten,
     IntegerReshape: _reshape,
     IntegerPermute: _permute,

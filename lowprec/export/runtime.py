@@ -1,13 +1,93 @@
-"""ONNX Runtime on the CPU, as verification and evaluation use it."""
+"""Exported files in the runtimes that they are for, on the CPU: ONNX Runtime and OpenVINO."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import onnx
 import onnxruntime
 import torch
 from torch import Tensor
+
+from lowprec.data.normalization import Normalization
+from lowprec.export.onnx import metadata
+
+# (names of outputs, input array) -> the outputs.
+Compiled = Callable[[Sequence[str], np.ndarray], list[np.ndarray]]
+
+RUNTIME_NAMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+
+
+class RuntimeMissingError(ImportError):
+    """The runtime's package is not installed; the message says how to."""
+
+
+class ExportedModel:
+    """A file of :func:`lowprec.export_onnx` in one runtime: float images in, arrays out.
+
+    Takes normalised float images whatever the file's input is, and any batch. runtime: None is the one that the file was
+    written for. outputs: names of tensors that become outputs beside the logits (which may change what a runtime fuses).
+
+    Raises:
+        FileNotFoundError: there is no such file. ValueError: an unknown runtime. RuntimeMissingError: it is not installed.
+    """
+
+    def __init__(self, path: str | Path, runtime: str | None = None, outputs: Sequence[str] = ()) -> None:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no ONNX file at {path}: lowprec.export_onnx(imodel, path) writes one")
+        proto = onnx.load(path)
+        known = metadata(proto)
+        self.runtime = str(runtime or known.get("runtime", "onnxruntime"))
+        self.tensors = {name for node in proto.graph.node for name in node.output}
+        present = {output.name for output in proto.graph.output}
+        for name in outputs:
+            if name not in present:
+                value = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, None)
+                proto.graph.output.append(value)
+        self.input = str(known.get("input", "float"))
+        normalization: Any = known.get("normalization")
+        self.normalization = Normalization(**normalization) if normalization else None
+        self.batch_size = proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value or None
+        self._run = compile_model(proto.SerializeToString(), self.runtime)
+
+    def run(self, names: Sequence[str], images: Tensor) -> list[np.ndarray]:
+        """The outputs of these names for images [B, C, H, W]; a fixed batch is filled up with zeros, which are cut off."""
+        inputs = self._inputs(images)
+        if self.batch_size is None:
+            return self._run(names, inputs)
+        parts = []
+        for start in range(0, len(inputs), self.batch_size):
+            part = inputs[start : start + self.batch_size]
+            padding = [(0, self.batch_size - len(part)), *[(0, 0)] * (part.ndim - 1)]
+            parts.append([array[: len(part)] for array in self._run(names, np.pad(part, padding))])
+        return [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits [B, classes] float32."""
+        return torch.from_numpy(self.run(["logits"], images)[0])
+
+    def _inputs(self, images: Tensor) -> np.ndarray:
+        if self.normalization is None or self.input == "float":
+            return images.numpy()
+        pixels = self.normalization.pixels(images)
+        return (pixels.permute(0, 2, 3, 1) if self.input == "uint8_nhwc" else pixels).contiguous().numpy()
+
+
+def compile_model(model: bytes, runtime: str) -> Compiled:
+    """A serialized model, compiled with the runtime's default optimizations.
+
+    Raises:
+        ValueError: an unknown runtime. RuntimeMissingError: it is not installed.
+    """
+    if runtime == "onnxruntime":
+        session = onnx_session(model)
+        return lambda names, array: session.run(list(names), {"images": array})
+    if runtime == "openvino":
+        return _openvino(model)
+    raise ValueError(f"runtime={runtime!r}: choose one of {', '.join(RUNTIME_NAMES)}")
 
 
 def onnx_session(model: str | Path | bytes) -> onnxruntime.InferenceSession:
@@ -18,11 +98,19 @@ def onnx_session(model: str | Path | bytes) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def onnx_predictor(path: str | Path) -> Callable[[Tensor], Tensor]:
-    """Float images [B, C, H, W] to logits [B, classes], by an exported file."""
-    session = onnx_session(path)
+def _openvino(model: bytes) -> Compiled:
+    try:
+        import openvino
+    except ImportError as error:
+        raise RuntimeMissingError(
+            'OpenVINO is not installed: pip install "lowprec[openvino]", or verify with runtime=onnxruntime'
+        ) from error
+    core = openvino.Core()
+    # The default may round 32-bit sums to bfloat16; integer kernels are the same with both.
+    compiled = core.compile_model(core.read_model(model, b""), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 
-    def predict(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+    def run(names: Sequence[str], array: np.ndarray) -> list[np.ndarray]:
+        results = compiled({"images": array})
+        return [results[name] for name in names]
 
-    return predict
+    return run

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from lowprec.config import ConfigError, RunConfig
 from lowprec.data import DataModule, create_data
+from lowprec.data.normalization import PIXEL_VALUES
+from lowprec.export.onnx import ExportOptions
 from lowprec.models import create_model, pretrained_data_config
 
 _PHOTOGRAPHS = ("imagenet", "image_folder")
@@ -60,7 +62,33 @@ def published_data_config(config: RunConfig) -> dict[str, Any]:
     return pretrained_data_config(model)
 
 
-def evaluation_images(data: DataModule) -> Iterator[Tensor]:
-    """The images of the whole test split, batch by batch, so that no data set needs to fit into memory."""
+def evaluation_images(data: DataModule, limit: int | None = None) -> Iterator[Tensor]:
+    """The images of the test split (the first ``limit`` of them), batch by batch: no data set needs to fit into memory."""
+    left = data.sizes["test"] if limit is None else limit
     for images, _ in data.test_dataloader():
-        yield images
+        if left <= 0:
+            return
+        yield images[:left]
+        left -= len(images)
+
+
+def export_options(config: RunConfig, data: DataModule) -> ExportOptions:
+    """How the configured run writes its ONNX file, with the data's normalization and class names.
+
+    Raises:
+        ConfigError: pixels as input, of a data set whose pixels are not 8-bit.
+    """
+    export = config.export
+    if export.input != "float" and data.normalization.peak != PIXEL_VALUES - 1:
+        raise ConfigError(
+            f"export.input={export.input}: the pixels of {config.data.name} go to {data.normalization.peak}, not to "
+            f"{PIXEL_VALUES - 1}; choose export.input=float"
+        )
+    return ExportOptions(
+        runtime=export.runtime,
+        opset=export.opset,
+        batch_size=export.batch_size,
+        input=export.input,
+        normalization=data.normalization,
+        class_names=data.class_names,
+    )

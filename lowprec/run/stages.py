@@ -24,7 +24,7 @@ from lowprec.config import RunConfig
 from lowprec.cost import cost
 from lowprec.data import DataModule
 from lowprec.export.onnx import export_onnx
-from lowprec.export.runtime import onnx_predictor
+from lowprec.export.runtime import RUNTIME_NAMES, ExportedModel
 from lowprec.integer.convert import convert
 from lowprec.integer.model import IntegerModel
 from lowprec.integer.packed import save
@@ -32,7 +32,7 @@ from lowprec.models import load_checkpoint, save_checkpoint
 from lowprec.prepare import prepare
 from lowprec.report.summary import TOP1_ROWS, Summary, build_summary, cost_summary, plural, summary_table
 from lowprec.report.terminal import create_console
-from lowprec.run.data import evaluation_images, run_data
+from lowprec.run.data import evaluation_images, export_options, run_data
 from lowprec.run.directory import RunDirectory, write_text
 from lowprec.run.full_precision import build_model, full_precision_model
 from lowprec.training.codes import CodeStatistics
@@ -204,22 +204,25 @@ def ship(current: Run, qmodel: fx.GraphModule) -> IntegerModel:
     with current.stage("export", f"export: {directory.model_file.name} (packed), {directory.onnx_file.name}"):
         imodel = convert(qmodel)
         save(imodel, directory.model_file)
-        export_onnx(imodel, directory.onnx_file)
+        export_onnx(imodel, directory.onnx_file, export_options(current.config, current.data))
     return imodel
 
 
 def prove(current: Run, qmodel: fx.GraphModule, imodel: IntegerModel) -> None:
     """Compares every code of fake-quant, integer and ONNX model on the whole test split; measures the last two."""
     directory = current.directory
-    current.console.print("verify: fake-quant, integer model and ONNX Runtime, code by code, on the whole test split")
+    limit = current.config.verify.images
+    where = "the whole test split" if limit is None else plural(limit, "test image")
+    runtime = RUNTIME_NAMES[current.config.export.runtime]
+    current.console.print(f"verify: fake-quant, integer model and {runtime}, code by code, on {where}")
     if directory.result("verify") is None:
-        report = verify(qmodel, imodel, evaluation_images(current.data), onnx=directory.onnx_file)
+        report = verify(qmodel, imodel, evaluation_images(current.data, limit), onnx=directory.onnx_file)
         if report.mismatched_codes:
             current.console.print(str(report))
         figures = {name: getattr(report, name) for name in ("images", "compared_codes", "mismatched_codes")}
         directory.record("verify", figures)
     current.measure("integer", imodel)
-    current.measure("onnx", onnx_predictor(directory.onnx_file))
+    current.measure("onnx", ExportedModel(directory.onnx_file))
 
 
 def summarize(current: Run) -> Summary:

@@ -13,12 +13,12 @@ from torch import fx
 from lowprec.config import ConfigError, RunConfig
 from lowprec.cost import cost
 from lowprec.export.onnx import export_onnx
-from lowprec.export.runtime import onnx_predictor
+from lowprec.export.runtime import ExportedModel
 from lowprec.integer.packed import load
 from lowprec.models import load_checkpoint
 from lowprec.prepare import prepare
 from lowprec.report.summary import Summary, cost_rows, cost_summary
-from lowprec.run.data import evaluation_images, published_data_config, run_data
+from lowprec.run.data import evaluation_images, export_options, published_data_config, run_data
 from lowprec.run.directory import RunDirectory
 from lowprec.run.full_precision import build_model
 from lowprec.training.checkpoints import BEST
@@ -52,7 +52,7 @@ def evaluate_run(config: RunConfig, console: Console) -> Summary:
     data = run_data(directory.config)
     accuracies = {
         "integer": top1(load(directory.model_file), data.test_dataloader()),
-        "onnx": top1(onnx_predictor(directory.onnx_file), data.test_dataloader()),
+        "onnx": top1(ExportedModel(directory.onnx_file), data.test_dataloader()),
     }
     table = Table("file", "top-1", title=f"{directory.path}, {data.sizes['test']:,} test images", title_justify="left")
     table.add_row(directory.model_file.name, f"{accuracies['integer']:.2%}")
@@ -70,17 +70,21 @@ def verify_run(config: RunConfig, console: Console) -> Summary:
     directory = finished_run(config)
     data = run_data(directory.config)
     qmodel = fake_quant_model(directory, data.num_classes, data.input_size)
-    report = verify(qmodel, load(directory.model_file), evaluation_images(data), onnx=directory.onnx_file)
+    report = verify(
+        qmodel, load(directory.model_file), evaluation_images(data, config.verify.images), onnx=directory.onnx_file
+    )
     console.print(str(report))
     report.raise_if_different()
     return {name: getattr(report, name) for name in ("images", "compared_codes", "mismatched_codes")}
 
 
 def export_run(config: RunConfig, console: Console) -> Summary:
-    """Writes the ONNX file anew from the packed integer model alone."""
+    """Writes the ONNX file anew from the packed integer model alone, with the options of ``config.export``."""
     directory = finished_run(config)
-    export_onnx(load(directory.model_file), directory.onnx_file)
-    console.print(f"wrote {directory.onnx_file} ({directory.onnx_file.stat().st_size:,} bytes)")
+    options = export_options(config, run_data(directory.config))
+    export_onnx(load(directory.model_file), directory.onnx_file, options)
+    console.print(f"wrote {directory.onnx_file} ({directory.onnx_file.stat().st_size:,} bytes) for {options.runtime}")
+    console.print("prove it on your images: the same command with task=verify")
     return {}
 
 

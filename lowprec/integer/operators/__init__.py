@@ -21,6 +21,7 @@ from lowprec.integer.operators.layers import (
     IntegerLinear,
     IntegerMultiplyAdd,
     logits_of,
+    sum_exponents_like,
 )
 from lowprec.integer.operators.movement import (
     IntegerFlatten,
@@ -57,6 +58,7 @@ __all__ = [
     "IntegerSlice",
     "IntegerUpsample",
     "logits_of",
+    "sum_exponents_like",
 ]
 
 OPERATORS: dict[str, type[IntegerOperator]] = {
