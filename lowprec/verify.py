@@ -1,7 +1,7 @@
-"""The proof that what was validated is what is shipped: the codes of every tensor, in three implementations.
+"""The proof that what was validated is what is shipped: the codes of every tensor, in four implementations.
 
-Fake-quant model in eval mode, integer executor and ONNX Runtime run on the same images; each tensor's codes are compared
-with ``==``, the logits as 32-bit sums.
+Fake-quant model in eval mode, integer executor, its fast backend and the exported file in its runtime run on the same
+images; each tensor's codes are compared with ``==``, the logits as 32-bit sums.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from torch import Tensor, fx
 from lowprec.export.qdq import codes_name, zero_point
 from lowprec.export.runtime import RUNTIME_NAMES, ExportedModel
 from lowprec.graph.nodes import step_name
+from lowprec.integer.fast import FastModel
 from lowprec.integer.model import IntegerModel, Step
 from lowprec.integer.operators import IntegerLayer, sum_exponents_like
 from lowprec.numerics.fixed_point import scale_by_power_of_two
 
 # float32 holds every integer up to here, so float32 sums of codes are exact below it.
 FLOAT32_EXACT = 1 << 24
-FAKE_QUANT, ONNX = "fake-quant", RUNTIME_NAMES["onnxruntime"]
+FAKE_QUANT, FAST, ONNX = "fake-quant", "fast executor", RUNTIME_NAMES["onnxruntime"]
 
 
 class VerificationError(AssertionError):
@@ -116,14 +117,17 @@ def verify(
         ValueError: the ONNX file lacks tensors of the integer model: it is another model's.
     """
     dtype = torch.float32 if imodel.sum_bound < FLOAT32_EXACT else torch.float64
+    fast = FastModel(imodel)
     reference = _FakeQuantCodes(copy.deepcopy(qmodel).cpu().eval().to(dtype))
     exported = None if onnx is None else ExportedCodes(onnx, imodel, runtime)
     report = VerificationReport(fake_quant_dtype=str(dtype).removeprefix("torch."))
     counts: dict[tuple[str, str], TensorComparison] = {}
     for batch in batches:
         images = (batch[0] if isinstance(batch, list | tuple) else batch).cpu().float()
+        if not len(images):
+            continue
         expected = imodel.codes(images)
-        found = {FAKE_QUANT: reference.run(images.to(dtype), imodel)}
+        found = {FAKE_QUANT: reference.run(images.to(dtype), imodel), FAST: fast.codes(images)}
         if exported is not None:
             found[exported.name] = exported.run(images)
         report.images += len(images)

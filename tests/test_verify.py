@@ -14,7 +14,7 @@ import lowprec
 from lowprec.integer.model import IntegerModel, Step
 from lowprec.integer.operators import IntegerConv2d, IntegerLayer
 from lowprec.models.cifar_resnet import CifarResNet
-from lowprec.verify import FAKE_QUANT, ONNX, VerificationError
+from lowprec.verify import FAKE_QUANT, FAST, ONNX, VerificationError
 
 SHAPE = (1, 12, 12)
 
@@ -71,17 +71,17 @@ def test_an_unchanged_model_agrees(qmodel: fx.GraphModule, imodel: IntegerModel,
     report = lowprec.verify(qmodel, imodel, [images(1, 3, SHAPE), (images(2, 2, SHAPE), torch.zeros(2))], onnx=file)
     assert report.mismatched_codes == 0
     assert report.images == 5
-    assert report.compared_codes == 2 * sum(codes.numel() for codes in imodel.codes(images(1, 5, SHAPE)).values())
+    assert report.compared_codes == 3 * sum(codes.numel() for codes in imodel.codes(images(1, 5, SHAPE)).values())
     report.raise_if_different()
     lines = str(report).splitlines()
-    assert len(lines) == 2 + 2 * len(imodel.steps)
+    assert len(lines) == 2 + 3 * len(imodel.steps)
     assert lines[-1] == f"5 images, {report.compared_codes:,} codes compared, 0 differ"
 
 
 def test_without_a_file_onnx_runtime_is_left_out(qmodel: fx.GraphModule, imodel: IntegerModel) -> None:
     report = lowprec.verify(qmodel, imodel, [images(1, 2, SHAPE)])
-    assert {comparison.against for comparison in report.comparisons} == {FAKE_QUANT}
-    assert report.compared_codes == sum(codes.numel() for codes in imodel.codes(images(1, 2, SHAPE)).values())
+    assert {comparison.against for comparison in report.comparisons} == {FAKE_QUANT, FAST}
+    assert report.compared_codes == 2 * sum(codes.numel() for codes in imodel.codes(images(1, 2, SHAPE)).values())
 
 
 @pytest.mark.parametrize(

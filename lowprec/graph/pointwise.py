@@ -128,8 +128,9 @@ def can_be_negative(function: nn.Module, of_negatives: bool) -> bool:
     Between the grid's points nothing is missed that matters: what is negative there only would be clipped at zero.
     """
     channels = max((parameter.numel() for parameter in function.parameters()), default=1)
-    magnitudes = torch.logspace(-6, 4, 2000, dtype=torch.float64)
-    inputs = torch.cat([torch.zeros(1, dtype=torch.float64), magnitudes, -magnitudes if of_negatives else magnitudes])
+    # On the CPU, whatever the default device is: a model may be prepared on the meta device, which has no values.
+    magnitudes = torch.logspace(-6, 4, 2000, dtype=torch.float64, device="cpu")
+    inputs = torch.cat([magnitudes.new_zeros(1), magnitudes, -magnitudes if of_negatives else magnitudes])
     copied = copy.deepcopy(function)
     if any(parameter.is_meta for parameter in copied.parameters()):
         return of_negatives

@@ -33,6 +33,11 @@ def round_half_even(values: Tensor) -> Tensor:
     return torch.round(values)
 
 
+def round_half_even_(values: Tensor) -> Tensor:
+    """As :func:`round_half_even`, in place."""
+    return values.round_()
+
+
 def power_of_two(exponent: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """2^exponent, exactly, in float32 or float64; shape of ``exponent`` (an integer tensor).
 

@@ -26,6 +26,7 @@ from lowprec.data import DataModule
 from lowprec.export.onnx import export_onnx
 from lowprec.export.runtime import RUNTIME_NAMES, ExportedModel
 from lowprec.integer.convert import convert
+from lowprec.integer.fast import FastModel
 from lowprec.integer.model import IntegerModel
 from lowprec.integer.packed import save
 from lowprec.models import load_checkpoint, save_checkpoint
@@ -221,7 +222,7 @@ def prove(current: Run, qmodel: fx.GraphModule, imodel: IntegerModel) -> None:
             current.console.print(str(report))
         figures = {name: getattr(report, name) for name in ("images", "compared_codes", "mismatched_codes")}
         directory.record("verify", figures)
-    current.measure("integer", imodel)
+    current.measure("integer", FastModel(imodel))
     current.measure("onnx", ExportedModel(directory.onnx_file))
 
 

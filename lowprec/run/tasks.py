@@ -14,6 +14,7 @@ from lowprec.config import ConfigError, RunConfig
 from lowprec.cost import cost
 from lowprec.export.onnx import export_onnx
 from lowprec.export.runtime import ExportedModel
+from lowprec.integer.fast import FastModel
 from lowprec.integer.packed import load
 from lowprec.models import load_checkpoint
 from lowprec.prepare import prepare
@@ -51,7 +52,7 @@ def evaluate_run(config: RunConfig, console: Console) -> Summary:
     directory = finished_run(config)
     data = run_data(directory.config)
     accuracies = {
-        "integer": top1(load(directory.model_file), data.test_dataloader()),
+        "integer": top1(FastModel(load(directory.model_file)), data.test_dataloader()),
         "onnx": top1(ExportedModel(directory.onnx_file), data.test_dataloader()),
     }
     table = Table("file", "top-1", title=f"{directory.path}, {data.sizes['test']:,} test images", title_justify="left")

@@ -16,7 +16,7 @@ from torch import nn
 import lowprec
 from lowprec.integer.operators import OPERATORS, IntegerLayer, IntegerMovement
 from lowprec.recipe import Recipe, WeightScheme
-from lowprec.verify import FAKE_QUANT, ONNX, VerificationReport
+from lowprec.verify import FAKE_QUANT, FAST, ONNX, VerificationReport
 
 RECIPES = ("w2a8_n4", "w2a8_n64", "w4a8_n4", "w8a8")
 
@@ -33,7 +33,7 @@ def verified(model: nn.Module, recipe: Recipe | str, shape: tuple[int, int, int]
     assert [(c.tensor, c.against) for c in report.comparisons] == [
         (step.name, against)
         for step in imodel.steps
-        for against in (FAKE_QUANT, ONNX)
+        for against in (FAKE_QUANT, FAST, ONNX)
         if not (against == FAKE_QUANT and isinstance(step.operator, IntegerMovement) and step.name.endswith(".sliced"))
     ]
     tensors = imodel.codes(images(2, 8, shape))

@@ -346,7 +346,7 @@ def test_data_errors_are_not_hidden_from_those_who_call_run(tmp_path: Path) -> N
     ("override", "code", "message"),
     [
         ('quant.rules=[{pattern: "nosuch*", bits: 8}]', 2, "matches none of the 10 layers"),
-        ("model.name=timm:mobilenetv3_small_050", 1, "Hardswish"),
+        ("model.name=timm:test_nfnet", 1, "conv2d() in stem.conv1"),
     ],
 )
 def test_what_cannot_be_quantized_is_refused_before_anything_is_trained(

@@ -1,0 +1,100 @@
+"""What this process's oneDNN kernels compute exactly, found out by running them: flags of the CPU tell less.
+
+``ONEDNN_MAX_CPU_ISA`` limits oneDNN but not ``torch.cpu``'s flags, and without VNNI instructions (AVX2, plain AVX-512) the
+kernels add pairs of u8×s8 products in saturating 16 bits: exact while |c| ≤ 64, wrong integers for full-range weights.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+# 2 · 255 · 64 = 32640 fits int16.
+SAFE_MAGNITUDE = 64
+# (inputs, outputs, groups, kernel): oneDNN picks other kernels for images, for one channel a group, and for few groups.
+SHAPES = {
+    "dense": ((3, 16, 1, 7), (64, 64, 1, 3), (64, 96, 1, 1), (20, 12, 1, 5)),
+    "grouped": ((32, 32, 2, 3), (24, 36, 2, 3), (128, 128, 4, 3)),
+    "depthwise": ((32, 32, 32, 3), (24, 24, 24, 5), (7, 7, 7, 3)),
+}
+
+
+@lru_cache(maxsize=64)
+def convolves_exactly(kind: str, magnitude: int) -> bool:
+    """Whether integer convolutions of a kind (a key of ``SHAPES``) are exact for weights of up to that magnitude."""
+    return all(_convolution_agrees(*shape, magnitude=magnitude) for shape in SHAPES[kind])
+
+
+@lru_cache(maxsize=64)
+def multiplies_exactly(magnitude: int) -> bool:
+    """Whether integer matrix products are exact for weights of up to that magnitude."""
+    generator = torch.Generator().manual_seed(0)
+    for rows, inputs, outputs in ((1, 64, 16), (8, 256, 40), (5, 30, 7)):
+        x = _bytes(generator, rows, inputs)
+        weight = _weights(generator, magnitude, outputs, inputs)
+        expected = (x.double() - 128) @ weight.double().t()
+        try:
+            packed = torch.ops.onednn.qlinear_prepack.default(weight, [rows, inputs])
+            ones, zeros = torch.ones(outputs), torch.zeros(outputs, dtype=torch.int32)
+            sums = torch.ops.onednn.qlinear_pointwise.default(
+                x, 1.0, 128, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+            )
+        except (RuntimeError, AttributeError):
+            return False
+        if not torch.equal(sums.double(), expected):
+            return False
+    return True
+
+
+def _convolution_agrees(inputs: int, outputs: int, groups: int, kernel: int, magnitude: int) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    padding = kernel // 2
+    x = _bytes(generator, 2, inputs, 9, 10).contiguous(memory_format=torch.channels_last)
+    weight = _weights(generator, magnitude, outputs, inputs // groups, kernel, kernel)
+    # Shifts that leave ties: half of the odd multiples of 2^(shift − 1) must round down to even.
+    scale = 2.0 ** -torch.randint(5, 12, (outputs,), generator=generator).float()
+    bias = torch.randint(-999, 999, (outputs,), generator=generator).float()
+    geometry = ([1, 1], [padding, padding], [1, 1], groups)
+    for zero, output_zero in ((0, 0), (128, 128)):
+        sums = functional.conv2d(x.double() - zero, weight.double(), bias.double(), 1, padding, 1, groups)
+        expected = (sums * scale.double().view(-1, 1, 1)).round().add(output_zero).clamp(0, 255)
+        try:
+            packed = torch.ops.onednn.qconv_prepack.default(weight, scale, 1.0, zero, *geometry, list(x.shape))
+            zeros = torch.zeros(outputs, dtype=torch.int32)
+            found = torch.ops.onednn.qconv2d_pointwise.default(
+                x,
+                1.0,
+                zero,
+                packed,
+                scale,
+                zeros,
+                bias * scale,
+                *geometry,
+                1.0,
+                output_zero,
+                torch.uint8,
+                "none",
+                [],
+                "",
+            )
+        except (RuntimeError, AttributeError):
+            return False
+        if not torch.equal(found.double(), expected):
+            return False
+    return True
+
+
+def _bytes(generator: torch.Generator, *shape: int) -> Tensor:
+    """Mostly 255, so that pairs of products saturate where they can."""
+    x = torch.randint(0, 256, shape, generator=generator)
+    return torch.where(torch.rand(shape, generator=generator) < 0.7, 255, x).to(torch.uint8)
+
+
+def _weights(generator: torch.Generator, magnitude: int, *shape: int) -> Tensor:
+    """Mostly of the largest magnitude, with runs of one sign."""
+    weight = torch.randint(-magnitude, magnitude + 1, shape, generator=generator)
+    signs = 1 - 2 * torch.randint(0, 2, (*shape[:1], *[1] * (len(shape) - 1)), generator=generator)
+    return torch.where(torch.rand(shape, generator=generator) < 0.7, magnitude * signs, weight).clamp(-128, 127).char()
