@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lowprec.calibrate import calibrate
     from lowprec.cost import cost
-    from lowprec.export.onnx import export_onnx
+    from lowprec.export.onnx import ExportOptions, export_onnx
+    from lowprec.export.packed_onnx import export_packed_onnx
+    from lowprec.export.qonnx import export_qonnx
     from lowprec.integer.convert import convert
     from lowprec.integer.packed import load, save
     from lowprec.numerics.solve import solve
@@ -27,17 +29,34 @@ if TYPE_CHECKING:
     from lowprec.recipe import Recipe
     from lowprec.verify import verify
 
-__all__ = ["Recipe", "calibrate", "convert", "cost", "export_onnx", "load", "prepare", "save", "solve", "verify"]
+__all__ = [
+    "ExportOptions",
+    "Recipe",
+    "calibrate",
+    "convert",
+    "cost",
+    "export_onnx",
+    "export_packed_onnx",
+    "export_qonnx",
+    "load",
+    "prepare",
+    "save",
+    "solve",
+    "verify",
+]
 
 __version__ = importlib.metadata.version("lowprec")
 
 # Where each public name lives. Found when first used, so that `import lowprec` and a mistyped command do not wait for torch.
 _HOMES = {
+    "ExportOptions": "lowprec.export.options",
     "Recipe": "lowprec.recipe",
     "calibrate": "lowprec.calibrate",
     "convert": "lowprec.integer.convert",
     "cost": "lowprec.cost",
     "export_onnx": "lowprec.export.onnx",
+    "export_packed_onnx": "lowprec.export.packed_onnx",
+    "export_qonnx": "lowprec.export.qonnx",
     "load": "lowprec.integer.packed",
     "prepare": "lowprec.prepare",
     "save": "lowprec.integer.packed",

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from lowprec.layers import ActivationQuantizer, QuantizedLayer
+from lowprec.layers import ActivationQuantizer, QuantizedAdd, QuantizedLayer
 from lowprec.numerics.calibrators import choose_exponent
 from lowprec.numerics.fixed_point import dequantize, quantize
 from lowprec.prepare import full_precision
@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 # Variances below this are those of channels that are switched off: a ratio of two of them means nothing.
 DEAD_VARIANCE = 1e-12
+# Exponents of operands: the sum's own may lie two above the larger, and 16 above the smaller is what kernels add exactly.
+ADD_REACH = 14
 
 
 class ChannelStatistics(NamedTuple):
@@ -134,6 +136,8 @@ class _Walk:
                 # Its arguments, not all_input_nodes: that names a tensor once that is added to itself.
                 inputs = [self.values[used] for used in node.args if isinstance(used, fx.Node)]
                 self.values[node] = self._visit(str(node.target), inputs)
+            elif node.op == "get_attr":
+                self.values[node] = [_attribute(self.qmodel, str(node.target))] * len(images)
             elif node.op in ("call_function", "call_method"):
                 self.values[node] = [self._move(node, index) for index in range(len(images))]
             for used in node.all_input_nodes:
@@ -154,6 +158,8 @@ class _Walk:
                 return results
             quantizer = batches[0][0].quantizer
             return [_coded(quantize(result, quantizer.exponent, quantizer.codes), quantizer) for result in results]
+        if isinstance(module, QuantizedAdd):
+            batches = _within_reach(name, batches)
         outputs = [module.unquantized(*map(_unpacked, batch)) for batch in batches]  # type: ignore[operator]
         return self._quantized(name, module.quantizer, outputs)  # type: ignore[arg-type]
 
@@ -172,6 +178,8 @@ class _Walk:
             result = getattr(arguments[0], str(node.target))(*arguments[1:], **keywords)
         else:
             result = node.target(*arguments, **keywords)  # type: ignore[operator]
+        if not quantizers:
+            return result  # a number, or a constant on its way to its quantizer
         if isinstance(result, Tensor):
             return _coded(result, quantizers[0])
         moved = isinstance(result, tuple | list) and any(isinstance(item, Tensor) for item in result)
@@ -187,6 +195,12 @@ class _Walk:
         return [_coded(quantize(output, quantizer.exponent, quantizer.codes), quantizer) for output in outputs]
 
 
+def _attribute(module: nn.Module, path: str) -> Any:
+    """A parameter or a buffer by its path."""
+    owner, _, name = path.rpartition(".")
+    return getattr(module.get_submodule(owner), name)
+
+
 class _Codes(NamedTuple):
     """A tensor as calibration keeps it: 8-bit codes, and the quantizer on whose grid they lie."""
 
@@ -196,6 +210,31 @@ class _Codes(NamedTuple):
 
 def _coded(codes: Tensor, quantizer: ActivationQuantizer) -> _Codes:
     return _Codes(codes.to(torch.int8 if quantizer.signed else torch.uint8), quantizer)
+
+
+def _within_reach(name: str, batches: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Operands of an add whose exponents lie at most ADD_REACH apart: the finer one is made coarser, which the sum hides.
+
+    A branch that is scaled down to next to nothing, as ConvNeXt's are at first, would need more bits than kernels have.
+    """
+    quantizers = [stored.quantizer for stored in batches[0]]
+    least = max(int(quantizer.exponent) for quantizer in quantizers) - ADD_REACH
+    for quantizer in quantizers:
+        if int(quantizer.exponent) < least:
+            log.info("%s: an operand's exponent is raised from %d to %d", name, int(quantizer.exponent), least)
+    before = [quantizer.exponent.clone() for quantizer in quantizers]
+    for quantizer in quantizers:
+        quantizer.set_exponent(max(int(quantizer.exponent), least))
+    return [
+        tuple(
+            _coded(
+                quantize(dequantize(stored.codes, old), stored.quantizer.exponent, stored.quantizer.codes),
+                stored.quantizer,
+            )
+            for stored, old in zip(batch, before, strict=True)
+        )
+        for batch in batches
+    ]
 
 
 def _unpacked(stored: Any) -> Tensor:

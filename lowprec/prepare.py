@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx, nn
 
-from lowprec.graph.nodes import module_path, tensors_of
+from lowprec.graph.nodes import constant_nodes, module_path, tensors_of
 from lowprec.graph.norm_activations import split_norm_activations
 from lowprec.graph.operation import Operation
 from lowprec.graph.operations import UnsupportedModelError, plan
@@ -24,10 +24,13 @@ from lowprec.layers import (
     QuantizedBatchNorm2d,
     QuantizedConcatenation,
     QuantizedConv2d,
+    QuantizedFloatOperator,
     QuantizedLinear,
     QuantizedLookup,
+    QuantizedMatmul,
     QuantizedMultiply,
     QuantizedReLU,
+    QuantizedUpsample,
     quantized_layers,
 )
 from lowprec.numerics.solvers import check_finite
@@ -71,7 +74,8 @@ def prepare(model: nn.Module, recipe: Recipe | str | Path, example_inputs: Tenso
             check_finite(tensor, name)
     original, model = model, copy.deepcopy(model)
     traced = trace(model)
-    check_same_function(original, traced, example_inputs)
+    # Against the model that was traced: fused attention rounds otherwise. The rewritten graph is compared with the original.
+    check_same_function(model, traced, example_inputs)
     split_norm_activations(traced)
     operations = plan(traced, recipe.activations.residual)
     traits = _traits(operations, traced)
@@ -153,10 +157,12 @@ class _Builder:
         self.traced = traced
         self.graph = traced.graph
         self.schemes = schemes
+        self.constants = constant_nodes(self.graph)
         # The quantizer on whose grid each node's tensor lies.
         self.source: dict[fx.Node, ActivationQuantizer] = {}
 
     def build(self, operations: list[Operation]) -> None:
+        """Carries the whole plan out."""
         for operation in operations:
             getattr(self, f"_build_{operation.kind}")(operation)
         self.graph.eliminate_dead_code()
@@ -225,6 +231,11 @@ class _Builder:
         pool = QuantizedAveragePool(quantizer, **operation.options)
         self._replace(operation, self._free_name(operation, "average_pool"), pool, quantizer)
 
+    def _build_upsample(self, operation: Operation) -> None:
+        quantizer = ActivationQuantizer(signed=self._source(operation).signed)
+        module = QuantizedUpsample(quantizer, operation.options["factors"])
+        self._replace(operation, self._free_name(operation, "upsample"), module, quantizer)
+
     def _build_max_pool(self, operation: Operation) -> None:
         name = self._free_name(operation, "max_pool")
         self._replace(operation, name, operation.options["module"], self._source(operation))
@@ -241,6 +252,26 @@ class _Builder:
 
     def _build_flatten(self, operation: Operation) -> None:
         self._replace(operation, self._free_name(operation, "flatten"), nn.Flatten(), self._source(operation))
+
+    def _build_matmul(self, operation: Operation) -> None:
+        quantizer = ActivationQuantizer(signed=any(quantizer.signed for quantizer in self._sources(operation)))
+        self._replace(operation, self._free_name(operation, "matmul"), QuantizedMatmul(quantizer), quantizer)
+
+    def _build_float(self, operation: Operation) -> None:
+        function = operation.options["function"]
+        quantizer = ActivationQuantizer(signed=not isinstance(function, nn.Softmax))
+        name = self._free_name(operation, type(function).__name__.lower())
+        self._replace(operation, name, QuantizedFloatOperator(function, quantizer), quantizer)
+
+    def _build_constant(self, operation: Operation) -> None:
+        node = operation.node
+        quantizer = ActivationQuantizer(signed=True)
+        name = self._free_name(operation, "constant")
+        with self.graph.inserting_after(node):
+            quantized = self.graph.call_module(self._add_module(name, quantizer), (node,))
+        for user in [user for user in node.users if user is not quantized and user not in self.constants]:
+            user.replace_input_with(node, quantized)
+        self.source[quantized] = quantizer
 
     def _build_movement(self, operation: Operation) -> None:
         self.source[operation.node] = self._source(operation)

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -22,80 +20,15 @@ from lowprec.export.runtime import RUNTIME_NAMES, ExportedModel
 from lowprec.graph.nodes import step_name
 from lowprec.integer.fast import FastModel
 from lowprec.integer.model import IntegerModel, Step
-from lowprec.integer.operators import IntegerLayer, sum_exponents_like
+from lowprec.integer.operators import IntegerLayer, logits_of, sum_exponents_like
 from lowprec.numerics.fixed_point import scale_by_power_of_two
+from lowprec.report.verification import TensorComparison, VerificationError, VerificationReport
 
 # float32 holds every integer up to here, so float32 sums of codes are exact below it.
 FLOAT32_EXACT = 1 << 24
+__all__ = ["FAKE_QUANT", "FAST", "ONNX", "VerificationError", "VerificationReport", "verify"]
+
 FAKE_QUANT, FAST, ONNX = "fake-quant", "fast executor", RUNTIME_NAMES["onnxruntime"]
-
-
-class VerificationError(AssertionError):
-    """Some codes differ; the message names the first tensor where they do."""
-
-
-@dataclass
-class TensorComparison:
-    """One tensor against the integer executor's: how many codes were compared, how many differ, by how much at most."""
-
-    tensor: str
-    against: str
-    compared: int = 0
-    mismatched: int = 0
-    largest_difference: int = 0
-
-    def add(self, found: Tensor, expected: Tensor) -> None:
-        """Counts the codes of one batch: all of them as different where the shapes are, which ``!=`` would broadcast."""
-        self.compared += expected.numel()
-        if found.shape != expected.shape:
-            self.mismatched += expected.numel()
-            return
-        difference = (found.double() - expected.double()).abs()
-        self.mismatched += int((difference != 0).sum())
-        # Sums may be 32 bits wide, and a value off the grid differs by less than one.
-        self.largest_difference = max(self.largest_difference, ceil(float(difference.max())) if len(difference) else 0)
-
-
-@dataclass
-class VerificationReport:
-    """What :func:`verify` found. Counts are over all tensors, images and implementations."""
-
-    images: int = 0
-    comparisons: list[TensorComparison] = field(default_factory=list)
-    fake_quant_dtype: str = "float32"
-
-    @property
-    def compared_codes(self) -> int:
-        """Codes compared with the integer executor's."""
-        return sum(comparison.compared for comparison in self.comparisons)
-
-    @property
-    def mismatched_codes(self) -> int:
-        """Codes that differ from the integer executor's."""
-        return sum(comparison.mismatched for comparison in self.comparisons)
-
-    def raise_if_different(self) -> None:
-        """Raises VerificationError if any code differs, or if nothing was compared."""
-        if not self.compared_codes:
-            raise VerificationError("nothing was compared: give verify at least one batch of images")
-        if self.mismatched_codes:
-            first = next(comparison for comparison in self.comparisons if comparison.mismatched)
-            raise VerificationError(
-                f"{self.mismatched_codes} of {self.compared_codes} codes differ; the first in {first.tensor} "
-                f"({first.against} against the integer executor: {first.mismatched} of {first.compared}, by up to "
-                f"{first.largest_difference})"
-            )
-
-    def __str__(self) -> str:
-        width = max([len(comparison.tensor) for comparison in self.comparisons], default=6)
-        rows = [f"{'tensor':{width}}  {'against':12}  {'codes':>13}  {'differing':>10}  {'by up to':>8}"]
-        rows += [
-            f"{comparison.tensor:{width}}  {comparison.against:12}  {comparison.compared:>13,}  {comparison.mismatched:>10,}"
-            f"  {comparison.largest_difference:>8,}"
-            for comparison in self.comparisons
-        ]
-        total = f"{self.images} images, {self.compared_codes:,} codes compared, {self.mismatched_codes:,} differ"
-        return "\n".join([*rows, total])
 
 
 @torch.no_grad()
@@ -110,7 +43,9 @@ def verify(
 
     The fake-quant side runs in eval mode, in float32 where no sum can leave float32's exact integers, else in float64.
     onnx: path of the file that :func:`lowprec.export_onnx` wrote; None leaves it out. runtime: ``onnxruntime`` or
-    ``openvino``; None is the one that the file was written for. The report's ``raise_if_different()`` is the gate.
+    ``openvino``; None is the one that the file was written for. The report's ``raise_if_different()`` is the gate. Behind
+    operators that stay in float (softmax, layer norm) codes may differ: there the classes are compared, and the report never
+    calls the models equal.
 
     Raises:
         FileNotFoundError: there is no such ONNX file.
@@ -121,7 +56,9 @@ def verify(
     reference = _FakeQuantCodes(copy.deepcopy(qmodel).cpu().eval().to(dtype))
     exported = None if onnx is None else ExportedCodes(onnx, imodel, runtime)
     report = VerificationReport(fake_quant_dtype=str(dtype).removeprefix("torch."))
+    report.inexact = imodel.inexact_steps
     counts: dict[tuple[str, str], TensorComparison] = {}
+    last = imodel.steps[-1]
     for batch in batches:
         images = (batch[0] if isinstance(batch, list | tuple) else batch).cpu().float()
         if not len(images):
@@ -131,6 +68,10 @@ def verify(
         if exported is not None:
             found[exported.name] = exported.run(images)
         report.images += len(images)
+        best = logits_of(expected[last.name], last.operator).argmax(1)
+        for against, codes in found.items():
+            agreed = (_values(last, codes[last.name]).argmax(1) == best).sum() if last.name in codes else 0
+            report.agreed[against] = report.agreed.get(against, 0) + int(agreed)
         for step in imodel.steps:
             for against, codes in found.items():
                 if step.name not in codes:
@@ -162,6 +103,10 @@ class _FakeQuantCodes(fx.Interpreter):
             # One call may become several steps; the last of them bears its name.
             if step.name in self.results
         }
+
+
+def _values(step: Step, codes: Tensor) -> Tensor:
+    return scale_by_power_of_two(codes, _exponent(step, codes))
 
 
 def _codes(step: Step, values: Tensor) -> Tensor:

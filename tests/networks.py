@@ -120,6 +120,43 @@ class Moved(nn.Module):
         return x[:, :, 1:-1:2, 1:]
 
 
+class TinyTransformer(nn.Module):
+    """Attention as timm writes it, step by step: token and position parameters, products of tensors, softmax, layer norm.
+
+    Then a cyclic shift of windows, as Swin has it, and bilinear upsampling. For images of 3×8×8.
+    """
+
+    def __init__(self, width: int = 12, heads: int = 2) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 2, stride=2)
+        self.token = nn.Parameter(torch.randn(1, 1, width))
+        self.position = nn.Parameter(torch.randn(1, 17, width))
+        self.norm = nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.fc1, self.act, self.fc2 = nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        self.last = nn.LayerNorm(width)
+        self.upsample = nn.Upsample(scale_factor=2, mode="bilinear")
+        self.conv, self.classifier = nn.Conv2d(width, 8, 3), nn.Linear(8, 5)
+        self.heads, self.scale = heads, (width // heads) ** -0.5
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patches(images).flatten(2).transpose(1, 2)
+        x = torch.cat((self.token.expand(x.shape[0], -1, -1), x), dim=1) + self.position
+        x = x + self.attention(self.norm(x))
+        x = x + self.fc2(self.act(self.fc1(x)))
+        x = self.last(x)[:, 1:].transpose(1, 2)
+        x = x.reshape(x.shape[0], x.shape[1], 4, 4)
+        x = torch.roll(x, shifts=(-1, 2), dims=(2, 3))
+        return self.classifier(self.conv(self.upsample(x)).mean((2, 3)))
+
+    def attention(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        scores = ((q * self.scale) @ k.transpose(-2, -1)).softmax(dim=-1)
+        return self.proj((scores @ v).transpose(1, 2).reshape(batch, tokens, width))
+
+
 class Head(nn.Module):
     """Global average, or all positions, then one or two linear layers."""
 

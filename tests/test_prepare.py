@@ -202,10 +202,10 @@ def test_check_same_function_changes_no_state(net: nn.Module) -> None:
 
 
 def test_unsupported_operations_are_named() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4), nn.Conv2d(4, 4, 3, padding="same"), nn.Softmax(1))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4), nn.Conv2d(4, 4, 3, padding="same"), nn.Softmin(1))
     with pytest.raises(UnsupportedModelError) as caught:
         prepare(model, "w2a8_n4", IMAGES)
-    for word in ("InstanceNorm2d at 1", "Conv2d at 2", "Softmax at 3"):
+    for word in ("InstanceNorm2d at 1", "Conv2d at 2", "Softmin at 3"):
         assert word in str(caught.value)
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import awkward, images, quantize
+from networks import TinyTransformer, awkward, images, quantize
 from torch import Tensor, fx, nn
 
 import lowprec
 from lowprec.integer.model import IntegerModel, Step
-from lowprec.integer.operators import IntegerConv2d, IntegerLayer
+from lowprec.integer.operators import FloatOperator, IntegerConv2d, IntegerLayer
 from lowprec.models.cifar_resnet import CifarResNet
 from lowprec.verify import FAKE_QUANT, FAST, ONNX, VerificationError
 
@@ -185,3 +185,51 @@ def test_verify_leaves_both_models_as_they_are(qmodel: fx.GraphModule, imodel: I
     assert qmodel.training
     assert all(torch.equal(before[name], tensor) for name, tensor in qmodel.state_dict().items())
     qmodel.eval()
+
+
+@pytest.fixture(scope="module")
+def transformer() -> tuple[fx.GraphModule, IntegerModel]:
+    torch.manual_seed(0)
+    return quantize(TinyTransformer().eval(), "w4a8_n4", images(0, 32, (3, 8, 8)))
+
+
+def test_operators_in_float_are_never_called_equal(
+    transformer: tuple[fx.GraphModule, IntegerModel], tmp_path: Path
+) -> None:
+    qmodel, imodel = transformer
+    lowprec.export_onnx(imodel, tmp_path / "model.onnx")
+    report = lowprec.verify(qmodel, imodel, [images(1, 100, (3, 8, 8))], onnx=tmp_path / "model.onnx")
+    assert not report.equal
+    assert report.agreement >= 0.99
+    assert "not equal" in str(report)
+    exact = [comparison for comparison in report.comparisons if comparison.tensor not in report.inexact]
+    assert {"patches", "concatenation", "add"} <= {comparison.tensor for comparison in exact}
+    assert sum(comparison.mismatched for comparison in exact) == 0
+    assert "norm" in report.inexact
+    assert "classifier" in report.inexact
+    report.raise_if_different()
+    # Layers and products of tensors are integer, layer norms and the softmax are not.
+    assert {step.name for step in imodel.steps if isinstance(step.operator, FloatOperator)} == {
+        "norm",
+        "softmax",
+        "last",
+    }
+
+
+def test_a_code_before_the_first_float_operator_must_not_differ(
+    transformer: tuple[fx.GraphModule, IntegerModel],
+) -> None:
+    qmodel = copy.deepcopy(transformer[0])
+    with torch.no_grad():
+        qmodel.get_submodule("patches").bias[0] += 1.0
+    with pytest.raises(VerificationError, match="the first in patches"):
+        lowprec.verify(qmodel, transformer[1], [images(1, 4, (3, 8, 8))]).raise_if_different()
+
+
+def test_other_classes_behind_float_operators_are_found(transformer: tuple[fx.GraphModule, IntegerModel]) -> None:
+    qmodel = copy.deepcopy(transformer[0])
+    with torch.no_grad():
+        qmodel.get_submodule("classifier").bias[0] += 100.0
+    report = lowprec.verify(qmodel, transformer[1], [images(1, 20, (3, 8, 8))])
+    with pytest.raises(VerificationError, match=r"fake-quant finds the integer executor's class in \d"):
+        report.raise_if_different()

@@ -13,20 +13,26 @@ import numpy as np
 import onnx
 
 from lowprec.export import openvino
-from lowprec.export.pooling import write_average_pool, write_max_pool
+from lowprec.export.pooling import write_average_pool, write_bilinear, write_max_pool
 from lowprec.export.qdq import SIGNED_ZERO_POINT, QdqGraph, codes_name, values_name, zero_point
 from lowprec.integer.model import Step
 from lowprec.integer.operators import (
+    FloatLayerNorm,
+    FloatSoftmax,
     Grid,
     IntegerAdd,
     IntegerAveragePool,
+    IntegerBilinear,
     IntegerConcatenation,
+    IntegerConstant,
     IntegerConv2d,
+    IntegerExpand,
     IntegerFlatten,
     IntegerInput,
     IntegerLayer,
     IntegerLinear,
     IntegerLookup,
+    IntegerMatmul,
     IntegerMaxPool,
     IntegerMultiply,
     IntegerMultiplyAdd,
@@ -35,6 +41,7 @@ from lowprec.integer.operators import (
     IntegerPermute,
     IntegerReLU,
     IntegerReshape,
+    IntegerRoll,
     IntegerSlice,
     IntegerUpsample,
 )
@@ -246,6 +253,58 @@ def _pad(graph: QdqGraph, step: Step, operator: IntegerPad) -> None:
     _moved(graph, step, "Pad", [sides, zero])
 
 
+def _roll(graph: QdqGraph, step: Step, operator: IntegerRoll) -> None:
+    codes = codes_name(step.inputs[0])
+    for index, (axis, shift) in enumerate(operator.shifts):
+        name = f"{step.name}.{index}"
+        # The last ``shift`` places come first.
+        cut = -shift % graph.shapes[step.name][axis]
+        ends = _integers(graph, f"{name}.cut", [cut]), _integers(graph, f"{name}.end", [np.iinfo(np.int64).max])
+        begin, axes = _integers(graph, f"{name}.begin", [0]), _integers(graph, f"{name}.axis", [axis])
+        tail = graph.node("Slice", [codes, *ends, axes], f"{name}.tail")
+        head = graph.node("Slice", [codes, begin, ends[0], axes], f"{name}.head")
+        last = index == len(operator.shifts) - 1
+        codes = graph.node("Concat", [tail, head], codes_name(step.name) if last else f"{name}.rolled", axis=axis)
+    graph.dequantize(step.name, operator.output)
+
+
+def _constant(graph: QdqGraph, step: Step, operator: IntegerConstant) -> None:
+    codes = operator.codes.numpy() + zero_point(operator.output)
+    graph.node("Identity", [graph.constant(f"{step.name}.constant", codes.astype(np.uint8))], codes_name(step.name))
+    graph.dequantize(step.name, operator.output)
+
+
+def _expand(graph: QdqGraph, step: Step, operator: IntegerExpand) -> None:
+    name = step.name
+    batch = graph.node("Shape", [codes_name(step.inputs[1])], f"{name}.image_shape", end=1)
+    sizes = _integers(graph, f"{name}.sizes", operator.shape[1:])
+    shape = graph.node("Concat", [batch, sizes], f"{name}.shape", axis=0)
+    _moved(graph, step, "Expand", [shape])
+
+
+def _matmul(graph: QdqGraph, step: Step, operator: IntegerMatmul) -> None:
+    graph.node("MatMul", _values(step), f"{step.name}.float", step.name)
+    graph.quantize(step.name, f"{step.name}.float", operator.output)
+
+
+def _softmax(graph: QdqGraph, step: Step, operator: FloatSoftmax) -> None:
+    graph.node("Softmax", _values(step), f"{step.name}.float", step.name, axis=operator.axis)
+    graph.quantize(step.name, f"{step.name}.float", operator.output)
+
+
+def _layer_norm(graph: QdqGraph, step: Step, operator: FloatLayerNorm) -> None:
+    name, values = step.name, _values(step)[0]
+    if operator.axis != -1:
+        values = graph.node("Transpose", [values], f"{name}.last", perm=[0, 2, 3, 1])
+    parameters = [graph.constant(f"{name}.{key}", tensor.numpy()) for key, tensor in operator.tensors().items()]
+    last = operator.axis == -1
+    result = f"{name}.float" if last else f"{name}.normalized"
+    graph.node("LayerNormalization", [values, *parameters], result, name, axis=-1, epsilon=operator.epsilon)
+    if not last:
+        graph.node("Transpose", [result], f"{name}.float", f"{name}.first", perm=[0, 3, 1, 2])
+    graph.quantize(name, f"{name}.float", operator.output)
+
+
 def _upsample(graph: QdqGraph, step: Step, operator: IntegerUpsample) -> None:
     factors = graph.constant(f"{step.name}.factors", np.array([1, 1, *operator.factors], np.float32))
     nearest = {"mode": "nearest", "nearest_mode": "floor", "coordinate_transformation_mode": "asymmetric"}
@@ -264,10 +323,17 @@ _WRITERS: dict[type[IntegerOperator], Callable[[QdqGraph, Step, Any], None]] = {
     IntegerLookup: _lookup,
     IntegerMaxPool: write_max_pool,
     IntegerAveragePool: write_average_pool,
+    IntegerBilinear: write_bilinear,
     IntegerFlatten: _flatten,
     IntegerReshape: _reshape,
     IntegerPermute: _permute,
     IntegerSlice: _slice,
     IntegerPad: _pad,
     IntegerUpsample: _upsample,
+    IntegerRoll: _roll,
+    IntegerConstant: _constant,
+    IntegerExpand: _expand,
+    IntegerMatmul: _matmul,
+    FloatSoftmax: _softmax,
+    FloatLayerNorm: _layer_norm,
 }

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import numpy as np
 import torch
 
 from lowprec.export import openvino
 from lowprec.export.qdq import QdqGraph, values_name
 from lowprec.integer.model import Step
-from lowprec.integer.operators import Grid, IntegerAveragePool, IntegerMaxPool
+from lowprec.integer.operators import Grid, IntegerAveragePool, IntegerBilinear, IntegerMaxPool
 from lowprec.numerics.fixed_point import divide_round_half_even
 from lowprec.numerics.pooling import window_sizes
 
@@ -30,31 +32,30 @@ def write_max_pool(graph: QdqGraph, step: Step, pool: IntegerMaxPool) -> None:
 
 def write_average_pool(graph: QdqGraph, step: Step, pool: IntegerAveragePool) -> None:
     """Pooling where the kernel's arithmetic gives all averages right, else sums and a division."""
-    name = step.name
-    pooled = name if pool.keep_axes else f"{name}.pooled"
-    if pool.kernel_size is None:
-        _write_global(graph, step, pool, pooled)
-    else:
-        _write_windows(graph, step, pool, pooled)
-    graph.quantize(pooled, f"{pooled}.float", pool.output)
-    if not pool.keep_axes:
-        graph.node("Flatten", [values_name(pooled)], f"{name}.float", name, axis=1)
-        graph.quantize(name, f"{name}.float", pool.output)
-
-
-def _write_global(graph: QdqGraph, step: Step, pool: IntegerAveragePool, pooled: str) -> None:
-    values, shape = values_name(step.inputs[0]), graph.shapes[step.inputs[0]]
-    if multiplying_is_dividing(shape[2] * shape[3], pool.input, pool.output):
+    if pool.kernel_size is not None:
+        _write_windows(graph, step, pool)
+        graph.quantize(step.name, f"{step.name}.float", pool.output)
+        return
+    name, values, shape = step.name, values_name(step.inputs[0]), graph.shapes[step.inputs[0]]
+    size = prod(shape[axis] for axis in pool.axes)
+    if len(shape) == 4 and sorted(pool.axes) == [2, 3] and multiplying_is_dividing(size, pool.input, pool.output):
+        pooled = name if pool.keep_axes else f"{name}.pooled"
         graph.node("GlobalAveragePool", [values], f"{pooled}.float", pooled)
+        graph.quantize(pooled, f"{pooled}.float", pool.output)
+        if not pool.keep_axes:
+            graph.node("Flatten", [values_name(pooled)], f"{name}.float", name, axis=1)
+            graph.quantize(name, f"{name}.float", pool.output)
         return
     # ReduceMean takes its axes as an input or as an attribute, as the operator set has it; a sum is the same in all.
-    total = graph.node("ReduceSum", [values, _integers(graph, f"{pooled}.axes", [2, 3])], f"{pooled}.sum", keepdims=1)
-    size = graph.constant(f"{pooled}.size", np.float32(shape[2] * shape[3]))
-    graph.node("Div", [total, size], f"{pooled}.float", pooled)
+    axes = _integers(graph, f"{name}.axes", list(pool.axes))
+    total = graph.node("ReduceSum", [values, axes], f"{name}.sum", keepdims=int(pool.keep_axes))
+    graph.node("Div", [total, graph.constant(f"{name}.size", np.float32(size))], f"{name}.float", name)
+    graph.quantize(name, f"{name}.float", pool.output)
 
 
-def _write_windows(graph: QdqGraph, step: Step, pool: IntegerAveragePool, pooled: str) -> None:
+def _write_windows(graph: QdqGraph, step: Step, pool: IntegerAveragePool) -> None:
     assert pool.kernel_size is not None
+    pooled = step.name
     values, padding = values_name(step.inputs[0]), pool.padding + _end_padding(graph, step, pool, (1, 1))
     sizes = _window_sizes(graph, step, pool)
     if all(multiplying_is_dividing(int(size), pool.input, pool.output) for size in np.unique(sizes)):
@@ -111,6 +112,14 @@ def multiplying_is_dividing(size: int, input: Grid, output: Grid) -> bool:
     exact = divide_round_half_even(sums << max(left, 0), size << max(-left, 0))
     found = sums.numpy().astype(np.float32) * np.float32(1 / np.float32(size)) * np.ldexp(np.float32(1), left)
     return bool((np.rint(found).clip(output.low, output.high) == exact.numpy().clip(output.low, output.high)).all())
+
+
+def write_bilinear(graph: QdqGraph, step: Step, operator: IntegerBilinear) -> None:
+    """Resize between pixels' centres: its weights are fractions of powers of two, so float kernels are exact."""
+    factors = graph.constant(f"{step.name}.factors", np.array([1, 1, *operator.factors], np.float32))
+    linear = {"mode": "linear", "coordinate_transformation_mode": "half_pixel"}
+    graph.node("Resize", [values_name(step.inputs[0]), "", factors], f"{step.name}.float", step.name, **linear)
+    graph.quantize(step.name, f"{step.name}.float", operator.output)
 
 
 def _integers(graph: QdqGraph, name: str, values: list[int]) -> str:

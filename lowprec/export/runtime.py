@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lowprec.data.normalization import Normalization
-from lowprec.export.onnx import metadata
+from lowprec.export.assembly import metadata
 
 # (names of outputs, input array) -> the outputs.
 Compiled = Callable[[Sequence[str], np.ndarray], list[np.ndarray]]

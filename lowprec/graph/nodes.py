@@ -27,11 +27,12 @@ def number_nodes(graph: fx.Graph) -> set[fx.Node]:
     return numbers
 
 
-def constant_nodes(graph: fx.Graph, numbers: set[fx.Node]) -> set[fx.Node]:
+def constant_nodes(graph: fx.Graph) -> set[fx.Node]:
     """Nodes whose value depends on parameters and buffers alone, not on the image."""
     constants: set[fx.Node] = set()
     for node in graph.nodes:
-        inputs = [used for used in node.all_input_nodes if used not in numbers]
+        inputs = node.all_input_nodes
+        # With a number taken from the image's shape, such as the batch's size, it depends on the image.
         computed = node.op in ("call_function", "call_method") and inputs and all(used in constants for used in inputs)
         if node.op == "get_attr" or computed:
             constants.add(node)

@@ -12,9 +12,10 @@ from torch import fx, nn
 class Operation:
     """One future fake-quant module.
 
-    kind: input, convolution, linear, batch_norm, add, multiply, concatenation, average_pool, max_pool, relu, lookup,
-    flatten, movement or nothing. node: whose place it takes; absorbed: nodes after it that go into it (batch norm, shortcut,
-    activation), the last of them last. inputs: nodes of its tensors; shortcut: the node that is added to a layer's sums.
+    kind: input, constant, convolution, linear, batch_norm, add, multiply, matmul, concatenation, average_pool, max_pool,
+    upsample, relu, lookup, float, flatten, movement or nothing. node: whose place it takes; absorbed: nodes after it that
+    go into it (batch norm, shortcut, activation), the last of them last. inputs: nodes of its tensors; shortcut: the node
+    that is added to a layer's sums.
     """
 
     kind: str

@@ -41,14 +41,19 @@ class _Planner:
         self.modules = dict(traced.named_modules())
         self.residual = residual
         self.numbers = number_nodes(traced.graph)
-        self.constants = constant_nodes(traced.graph, self.numbers)
+        self.constants = constant_nodes(traced.graph)
         self.absorbed: set[fx.Node] = set()
 
     def plan(self) -> list[Operation]:
         operations: list[Operation] = []
         unsupported: list[str] = []
         for node in self.traced.graph.nodes:
-            if node in self.absorbed or node in self.numbers or node in self.constants:
+            if node in self.absorbed or node in self.numbers:
+                continue
+            if node in self.constants:
+                # A constant becomes a tensor of codes where the network's tensors meet it, not on the way there.
+                if any(user not in self.constants and user not in self.numbers for user in node.users):
+                    operations.append(Operation("constant", node))
                 continue
             if node.op == "output" or not node.users:
                 continue
@@ -72,11 +77,9 @@ class _Planner:
         return sorted(operations, key=lambda operation: position[operation.anchor])
 
     def _takes_tensors(self, operation: Operation) -> bool:
-        """Whether all inputs are tensors of the network: not parameters, not numbers taken from shapes."""
+        """Whether all inputs are tensors, of the network or constant: not numbers taken from shapes."""
         inputs = operation.inputs
-        return (bool(inputs) or operation.kind == "input") and not any(
-            node in self.constants or node in self.numbers for node in inputs
-        )
+        return (bool(inputs) or operation.kind == "input") and not any(node in self.numbers for node in inputs)
 
     def _called_again(self) -> list[str]:
         """Modules with weights that the graph calls several times: one module cannot have several grids."""

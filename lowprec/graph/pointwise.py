@@ -29,6 +29,7 @@ _MODULES = (
     nn.Sigmoid,
     nn.Softplus,
     nn.Tanh,
+    activations.GELU,
     activations.GELUTanh,
     activations.HardMish,
     activations.HardSigmoid,

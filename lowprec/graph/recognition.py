@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,8 @@ from timm.layers.adaptive_avgmax_pool import FastAdaptiveAvgPool
 from torch import fx, nn
 from torch.nn import functional
 
-from lowprec.graph.movement import is_movement
+from lowprec.graph.float_operators import float_function, float_module
+from lowprec.graph.movement import bilinear_factors, is_movement
 from lowprec.graph.nodes import ADDS, MULTIPLIES, argument, is_number, pair, tensors_of
 from lowprec.graph.operation import Operation
 from lowprec.graph.pointwise import pointwise_function, pointwise_module
@@ -36,6 +38,11 @@ def recognise(node: fx.Node, modules: dict[str, nn.Module]) -> Operation | None:
         return operation
     if is_movement(node, None):
         return Operation("movement", node, tensors[:1])
+    if (factors := bilinear_factors(node, None)) is not None:
+        return Operation("upsample", node, tensors[:1], options={"factors": factors})
+    in_float = float_function(node)
+    if in_float is not None:
+        return Operation("float", node, tensors[:1], options={"function": in_float})
     function = pointwise_function(node)
     return Operation("lookup", node, tensors[:1], options={"function": function}) if function else None
 
@@ -53,6 +60,10 @@ def _recognise_module(node: fx.Node, module: nn.Module) -> Operation | None:
     if isinstance(module, nn.AvgPool2d):
         names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
         return _average_pool(node, inputs, *(getattr(module, name) for name in names))
+    if (factors := bilinear_factors(node, module)) is not None:
+        return Operation("upsample", node, inputs, options={"factors": factors})
+    if (function := float_module(module)) is not None:
+        return Operation("float", node, inputs, options={"function": function})
     if (function := pointwise_module(module)) is not None:
         return Operation("lookup", node, inputs, options={"function": function})
     kind: str | None = None
@@ -133,10 +144,17 @@ def _adaptive_pool_function(node: fx.Node) -> Operation | None:
 
 def _mean(node: fx.Node) -> Operation | None:
     axes = argument(node, 1, "dim")
-    if not isinstance(axes, list | tuple) or sorted(axis % 4 for axis in axes) != [2, 3]:
+    axes = (axes,) if is_number(axes) else axes
+    if not isinstance(axes, list | tuple) or not all(is_number(axis) and axis != 0 for axis in axes):
         return None
+    # Of an image: axes counted from the end are those counted from the front.
+    axes = (2, 3) if sorted(axes) in ([-2, -1], [2, 3]) else tuple(axes)
     keep = bool(argument(node, 2, "keepdim", False))
-    return Operation("average_pool", node, [node.all_input_nodes[0]], options={"keep_axes": keep})
+    return Operation("average_pool", node, [node.all_input_nodes[0]], options={"keep_axes": keep, "axes": axes})
+
+
+def _matmul(node: fx.Node) -> Operation | None:
+    return Operation("matmul", node, tensors_of(node)) if len(tensors_of(node)) == 2 else None
 
 
 def _average_pool_function(node: fx.Node) -> Operation | None:
@@ -196,6 +214,10 @@ _FUNCTIONS: dict[Any, Callable[[fx.Node], Operation | None]] = {
     "flatten": _flatten,
     "view": _view,
     "reshape": _view,
+    operator.matmul: _matmul,
+    torch.matmul: _matmul,
+    torch.bmm: _matmul,
+    "matmul": _matmul,
     torch.cat: _concatenation,
     torch.concat: _concatenation,
 }

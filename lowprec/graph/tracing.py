@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import Linear
+from timm.layers import DropPath, Linear
 from timm.models import get_notrace_functions, get_notrace_modules
+from timm.models.mobilevit import MobileVitBlock
 from timm.models.vgg import ConvMlp
 from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
+from lowprec.graph.float_operators import LAYER_NORMS
 from lowprec.graph.nodes import argument, module_path
 
 
@@ -27,8 +30,8 @@ class _Tracer(fx.Tracer):
 
     def __init__(self) -> None:
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))
-        # timm's own linear layer does what torch's does; whole, it is one.
-        self._leaves = (*get_notrace_modules(), Linear)
+        # timm's own linear layers and layer norms do what torch's do; whole, they are these.
+        self._leaves = (*get_notrace_modules(), DropPath, Linear, *LAYER_NORMS)
 
     def is_leaf_module(self, module: nn.Module, module_qualified_name: str) -> bool:
         if type(module) in _TRACEABLE_FORWARDS:
@@ -48,19 +51,46 @@ def _conv_mlp(module: ConvMlp, values: Tensor) -> Tensor:
     return module.act2(module.fc2(hidden))
 
 
+def _mobile_vit(module: MobileVitBlock, images: Tensor) -> Tensor:
+    """For images whose sides are multiples of the patches': the block scales others, which the comparison finds."""
+    rows, columns = module.patch_size
+    values = module.conv_1x1(module.conv_kxk(images))
+    batch, channels, height, width = values.shape
+    down, across = height // rows, width // columns
+    # [B · C · down, rows, across, columns] -> [B · C · down, across, rows, columns], then patches as a batch of sequences.
+    values = values.reshape(batch * channels * down, rows, across, columns).transpose(1, 2)
+    values = values.reshape(batch, channels, down * across, module.patch_area).transpose(1, 3)
+    values = values.reshape(batch * module.patch_area, down * across, -1)
+    values = module.norm(module.transformer(values))
+    values = values.contiguous().view(batch, module.patch_area, down * across, -1).transpose(1, 3)
+    values = values.reshape(batch * channels * down, across, rows, columns).transpose(1, 2)
+    values = module.conv_proj(values.reshape(batch, channels, down * rows, across * columns))
+    fusion = module.conv_fusion
+    return values if fusion is None else fusion(torch.cat((images, values), dim=1))
+
+
 # What timm's modules compute where the branch that they take does not depend on data.
-_TRACEABLE_FORWARDS: dict[type[nn.Module], Callable[..., Tensor]] = {ConvMlp: _conv_mlp}
+_TRACEABLE_FORWARDS: dict[type[nn.Module], Callable[..., Tensor]] = {
+    ConvMlp: _conv_mlp,
+    MobileVitBlock: _mobile_vit,
+}
 
 
 def trace(model: nn.Module) -> fx.GraphModule:
     """The model as a graph of operators; module names are kept and parameters shared.
 
+    ``model`` computes attention step by step from here on (timm's ``fused_attn`` is switched off).
+
     Raises:
         TracingError: torch.fx cannot trace it, for instance because its control flow depends on data.
     """
+    # Attention as one function hides its products and its softmax; timm's modules compute it step by step if told to.
+    for module in model.modules():
+        if isinstance(getattr(module, "fused_attn", None), bool):
+            module.fused_attn = False  # type: ignore[assignment]
     modes = [(module, module.training) for module in model.modules()]
     try:
-        graphs = {training: _Tracer().trace(model.train(training)) for training in (True, False)}
+        graphs = {training: _Tracer().trace(model.train(training), _defaults(model)) for training in (True, False)}
     except Exception as error:  # torch.fx raises whatever the model's own code raises on proxies
         raise TracingError(
             f"{type(model).__name__} cannot be traced by torch.fx: {error}. Its control flow may depend on data; wrap "
@@ -71,7 +101,44 @@ def trace(model: nn.Module) -> fx.GraphModule:
             module.training = training
     traced = fx.GraphModule(model, graphs[False], type(model).__name__)
     _restore_dropout(traced, graphs[True])
+    _remove_absent_masks(traced)
+    _remove_checks(traced)
     return traced
+
+
+def _defaults(model: nn.Module) -> dict[str, Any]:
+    """Values of the arguments that nobody gives, such as an attention mask: they are fixed while tracing."""
+    parameters = list(inspect.signature(model.forward).parameters.values())[1:]
+    return {item.name: item.default for item in parameters if item.default is not item.empty}
+
+
+def _remove_checks(traced: fx.GraphModule) -> None:
+    """Assertions about sizes and about arguments that nobody gives, and the inputs of those."""
+    for node in reversed(traced.graph.nodes):
+        if getattr(node.target, "__name__", "") in ("_assert", "_assert_is_none") and not node.users:
+            traced.graph.erase_node(node)
+    traced.graph.eliminate_dead_code()
+    for node in [node for node in traced.graph.nodes if node.op == "placeholder"][1:]:
+        if not node.users:
+            traced.graph.erase_node(node)
+    traced.recompile()
+
+
+def _remove_absent_masks(traced: fx.GraphModule) -> None:
+    """timm's attention adds a mask by a function that is not traced into; without a mask it adds nothing."""
+    for node in list(traced.graph.nodes):
+        if getattr(node.target, "__name__", "") == "maybe_add_mask":
+            scores, mask = node.args[:2]
+            absent = mask is None or (
+                getattr(mask.target, "__name__", "") == "resolve_self_attn_mask"
+                and tuple(mask.args[2:]) == (None, False)
+            )
+            if absent:
+                node.replace_all_uses_with(scores)
+                traced.graph.erase_node(node)
+                if mask is not None and not mask.users:
+                    traced.graph.erase_node(mask)
+    traced.recompile()
 
 
 def _restore_dropout(traced: fx.GraphModule, in_training: fx.Graph) -> None:
@@ -106,7 +173,14 @@ def check_same_function(model: nn.Module, traced: nn.Module, example_inputs: Ten
     if example_inputs.is_meta:
         return
     for training in (False, True):
-        expected, found = (_outputs(candidate, example_inputs, training) for candidate in (model, traced))
+        expected = _outputs(model, example_inputs, training)
+        try:
+            found = _outputs(traced, example_inputs, training)
+        except RuntimeError as error:
+            raise TracingError(
+                f"{type(model).__name__}: the traced model cannot take images of the shape {list(example_inputs.shape[1:])}: "
+                f"{error}. Give the size that the model was made for, or one that its patches divide"
+            ) from error
         same = len(expected) == len(found) and all(
             torch.equal(left, right) for left, right in zip(expected, found, strict=True)
         )

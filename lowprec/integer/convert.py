@@ -7,25 +7,32 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from timm.layers import LayerNorm2d
 from torch import Tensor, fx, nn
 
 from lowprec import __version__
 from lowprec.graph.movement import is_movement
-from lowprec.graph.nodes import number_nodes, pair, step_name, tensors_of
+from lowprec.graph.nodes import constant_nodes, number_nodes, pair, step_name, tensors_of
 from lowprec.graph.recognition import is_nothing
 from lowprec.graph.shapes import Shapes
 from lowprec.integer.convert_movement import convert_movement
 from lowprec.integer.model import IntegerModel, Step
 from lowprec.integer.operators import (
+    FloatLayerNorm,
+    FloatSoftmax,
     Grid,
     IntegerAdd,
     IntegerAveragePool,
+    IntegerBilinear,
     IntegerConcatenation,
+    IntegerConstant,
     IntegerConv2d,
+    IntegerExpand,
     IntegerFlatten,
     IntegerInput,
     IntegerLinear,
     IntegerLookup,
+    IntegerMatmul,
     IntegerMaxPool,
     IntegerMultiply,
     IntegerMultiplyAdd,
@@ -38,11 +45,14 @@ from lowprec.layers import (
     QuantizedAveragePool,
     QuantizedConcatenation,
     QuantizedConv2d,
+    QuantizedFloatOperator,
     QuantizedLayer,
     QuantizedLinear,
     QuantizedLookup,
+    QuantizedMatmul,
     QuantizedMultiply,
     QuantizedReLU,
+    QuantizedUpsample,
 )
 from lowprec.numerics.fixed_point import CodeRange, quantize
 from lowprec.prepare import full_precision
@@ -74,6 +84,7 @@ class _Converter:
     def __init__(self, qmodel: fx.GraphModule) -> None:
         self.qmodel = qmodel
         self.numbers = number_nodes(qmodel.graph)
+        self.constants = constant_nodes(qmodel.graph)
         # A dropout is nothing in an integer model: its users take what it takes.
         self.names: dict[fx.Node, str] = {}
         self.grids: dict[str, Grid] = {}
@@ -88,7 +99,7 @@ class _Converter:
     def steps(self) -> list[Step]:
         """All steps of the integer model, in order."""
         for node in self.qmodel.graph.nodes:
-            if node.op not in ("call_module", "call_function", "call_method") or node in self.numbers:
+            if node.op not in ("call_module", "call_function", "call_method") or node in self.numbers | self.constants:
                 continue
             name = step_name(node)
             try:
@@ -99,6 +110,9 @@ class _Converter:
 
     def _convert(self, node: fx.Node, name: str) -> None:
         module = self.qmodel.get_submodule(name) if node.op == "call_module" else None
+        if isinstance(module, ActivationQuantizer) and node.all_input_nodes[0].op != "placeholder":
+            self._add(node, name, (), self._constant(node.all_input_nodes[0], module))
+            return
         inputs = tuple(self.names[used] for used in tensors_of(node) if used in self.names)
         if module is not None and is_nothing(module):
             self.names[node] = inputs[0]
@@ -113,13 +127,32 @@ class _Converter:
         self.names[node] = source
         for part, operator in movements or []:
             part_name = f"{name}.{part}" if part else name
-            self._add(node, part_name, (self.names[node],), operator)
+            # The batch that a constant is repeated for is that of the images.
+            batch = (self.made[0].name,) if isinstance(operator, IntegerExpand) else ()
+            self._add(node, part_name, (self.names[node], *batch), operator)
+
+    def _constant(self, node: fx.Node, quantizer: ActivationQuantizer) -> IntegerConstant:
+        """The codes of a tensor that depends on parameters alone."""
+        value = _ConstantValue(self.qmodel).of(node)
+        codes = quantize(value.cpu(), quantizer.exponent.cpu(), quantizer.codes)
+        return IntegerConstant(codes.to(torch.int16), _grid(quantizer))
 
     def _add(self, node: fx.Node, name: str, inputs: tuple[str, ...], operator: IntegerOperator) -> None:
         self.made.append(Step(name, inputs, operator))
         self.names[node] = name
         if operator.output is not None:
             self.grids[name] = operator.output
+
+
+class _ConstantValue(fx.Interpreter):
+    """Computes a node that depends on parameters and buffers alone."""
+
+    def of(self, node: fx.Node) -> Tensor:
+        """The node's value."""
+        for used in node.all_input_nodes:
+            self.env[used] = self.of(used)
+        value: Tensor = self.run_node(node)
+        return value
 
 
 def _operator(module: nn.Module, inputs: list[Grid]) -> IntegerOperator:
@@ -137,8 +170,17 @@ def _add(module: Any, inputs: list[Grid]) -> IntegerOperator:
 
 
 def _average_pool(module: Any, inputs: list[Grid]) -> IntegerOperator:
-    names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "keep_axes")
+    names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "keep_axes", "axes")
     return IntegerAveragePool(inputs[0], _grid(module.quantizer), **{name: getattr(module, name) for name in names})
+
+
+def _float_operator(module: Any, inputs: list[Grid]) -> IntegerOperator:
+    function, output = module.function, _grid(module.quantizer)
+    if isinstance(function, nn.Softmax):
+        return FloatSoftmax(inputs[0], output, int(function.dim or 0))
+    tensors = function.weight.detach().float().cpu(), function.bias.detach().float().cpu()
+    axis = 1 if isinstance(function, LayerNorm2d) else -1
+    return FloatLayerNorm(inputs[0], output, *tensors, function.eps, axis)
 
 
 def _max_pool(module: Any, inputs: list[Grid]) -> IntegerOperator:
@@ -154,6 +196,9 @@ _MAKERS: dict[type[nn.Module], Callable[[Any, list[Grid]], IntegerOperator]] = {
     QuantizedAveragePool: _average_pool,
     QuantizedReLU: lambda module, inputs: IntegerReLU(inputs[0], _six(module.activation, inputs[0])),
     QuantizedLookup: lambda module, inputs: IntegerLookup(module.table(), inputs[0], _grid(module.quantizer)),
+    QuantizedUpsample: lambda module, inputs: IntegerBilinear(inputs[0], _grid(module.quantizer), module.factors),
+    QuantizedMatmul: lambda module, inputs: IntegerMatmul(inputs[0], inputs[1], _grid(module.quantizer)),
+    QuantizedFloatOperator: _float_operator,
     nn.MaxPool2d: _max_pool,
     nn.Flatten: lambda module, inputs: IntegerFlatten(inputs[0]),
 }

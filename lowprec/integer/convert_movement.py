@@ -11,14 +11,17 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
+from lowprec.graph.movement import is_window_reverse
 from lowprec.graph.nodes import argument, pair
 from lowprec.graph.shapes import Shapes
 from lowprec.integer.operators import (
     Grid,
+    IntegerExpand,
     IntegerMovement,
     IntegerPad,
     IntegerPermute,
     IntegerReshape,
+    IntegerRoll,
     IntegerSlice,
     IntegerUpsample,
 )
@@ -41,6 +44,8 @@ def convert_movement(node: fx.Node, module: nn.Module | None, grid: Grid, shapes
         return []
     if node.target is operator.getitem:
         return _getitem(node, grid, shapes)
+    if is_window_reverse(node):
+        return _window_reverse(node, grid, shapes)
     convert = _CALLS.get(node.target, _reshape)
     return convert(node, grid, shapes)
 
@@ -109,6 +114,33 @@ def _interpolate(node: fx.Node, grid: Grid, shapes: Shapes) -> Movements:
     return [("", IntegerUpsample(grid, [int(factor) for factor in pair_of_factors(argument(node, 2, "scale_factor"))]))]
 
 
+def _expand(node: fx.Node, grid: Grid, shapes: Shapes) -> Movements:
+    before, after = shapes.shape(node.all_input_nodes[0]), shapes.shape(node)
+    if after.count(-1) != 1 or after[0] != -1:
+        raise ValueError(
+            f"expanding {before} to {after} has no integer form: only the first axis may grow with the batch"
+        )
+    return [("", IntegerExpand(grid, after))]
+
+
+def _roll(node: fx.Node, grid: Grid, shapes: Shapes) -> Movements:
+    shifts, axes = (shapes.number(argument(node, place, name)) for place, name in ((1, "shifts"), (2, "dims")))
+    pairs = zip(axes, shifts, strict=True) if isinstance(axes, list | tuple) else [(axes, shifts)]
+    rank = len(shapes.shape(node))
+    return [("", IntegerRoll(grid, [(axis % rank, shift) for axis, shift in pairs]))]
+
+
+def _window_reverse(node: fx.Node, grid: Grid, shapes: Shapes) -> Movements:
+    _, height, width, channels = shapes.shape(node)
+    rows, columns = shapes.number(node.args[1])
+    split = (-1, height // rows, width // columns, rows, columns, channels)
+    return [
+        ("split", IntegerReshape(grid, split)),
+        ("ordered", IntegerPermute(grid, (0, 1, 3, 2, 4, 5))),
+        ("", IntegerReshape(grid, (-1, height, width, channels))),
+    ]
+
+
 def _getitem(node: fx.Node, grid: Grid, shapes: Shapes) -> Movements:
     source, index = node.args[0], shapes.number(node.args[1])
     assert isinstance(source, fx.Node)
@@ -170,6 +202,8 @@ _CALLS: dict[Any, Callable[[fx.Node, Grid, Shapes], Movements]] = {
     torch.swapaxes: _transpose,
     "permute": _permute,
     torch.permute: _permute,
+    "expand": _expand,
+    torch.roll: _roll,
     functional.pad: _pad,
     functional.interpolate: _interpolate,
 }

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowprec.integer.operators import IntegerLayer, IntegerOperator, logits_of
+from lowprec.integer.operators import FloatOperator, IntegerLayer, IntegerOperator, logits_of
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,20 @@ class IntegerModel(nn.Module):
         inputs = [results[name] for name in step.inputs] or [images]
         result: Tensor = step.operator(*inputs)
         return result
+
+    @property
+    def inexact_steps(self) -> set[str]:
+        """Steps that compute in float, and all that depend on one: codes that are not the same in every runtime."""
+        inexact: set[str] = set()
+        for step in self.steps:
+            if isinstance(step.operator, FloatOperator) or any(name in inexact for name in step.inputs):
+                inexact.add(step.name)
+        return inexact
+
+    @property
+    def integer_operator_share(self) -> float:
+        """Share of the operators that compute in integers."""
+        return 1 - sum(isinstance(step.operator, FloatOperator) for step in self.steps) / len(self.steps)
 
     @property
     def sum_bound(self) -> int:

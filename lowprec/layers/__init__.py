@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from torch import nn
 
 from lowprec.layers.activations import ActivationQuantizer
+from lowprec.layers.attention import QuantizedFloatOperator, QuantizedMatmul
 from lowprec.layers.elementwise import QuantizedAdd, QuantizedConcatenation, QuantizedMultiply, QuantizedReLU
 from lowprec.layers.linear import QuantizedBatchNorm2d, QuantizedConv2d, QuantizedLayer, QuantizedLinear
 from lowprec.layers.lookup import QuantizedLookup
-from lowprec.layers.pooling import QuantizedAveragePool
+from lowprec.layers.pooling import QuantizedAveragePool, QuantizedUpsample
 
 __all__ = [
     "ActivationQuantizer",
@@ -19,11 +20,14 @@ __all__ = [
     "QuantizedBatchNorm2d",
     "QuantizedConcatenation",
     "QuantizedConv2d",
+    "QuantizedFloatOperator",
     "QuantizedLayer",
     "QuantizedLinear",
     "QuantizedLookup",
+    "QuantizedMatmul",
     "QuantizedMultiply",
     "QuantizedReLU",
+    "QuantizedUpsample",
     "quantized_layers",
 ]
 

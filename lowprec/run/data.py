@@ -11,7 +11,7 @@ from torch import Tensor
 from lowprec.config import ConfigError, RunConfig
 from lowprec.data import DataModule, create_data
 from lowprec.data.normalization import PIXEL_VALUES
-from lowprec.export.onnx import ExportOptions
+from lowprec.export.options import ExportOptions
 from lowprec.models import create_model, pretrained_data_config
 
 _PHOTOGRAPHS = ("imagenet", "image_folder")

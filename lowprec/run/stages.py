@@ -120,11 +120,9 @@ def train(config: RunConfig, console: Console) -> Summary:
             close_loggers(loggers)
     finally:
         directory.close()
-    differing = summary["verify"]["mismatched_codes"]
-    if differing:
-        raise VerificationError(
-            f"{differing:,} codes differ between what was validated and what was exported: do not ship {directory.path}"
-        )
+    fault = directory.result("verification")
+    if fault:
+        raise VerificationError(f"{fault}: do not ship {directory.path}")
     return summary
 
 
@@ -218,8 +216,12 @@ def prove(current: Run, qmodel: fx.GraphModule, imodel: IntegerModel) -> None:
     current.console.print(f"verify: fake-quant, integer model and {runtime}, code by code, on {where}")
     if directory.result("verify") is None:
         report = verify(qmodel, imodel, evaluation_images(current.data, limit), onnx=directory.onnx_file)
-        if report.mismatched_codes:
+        if not report.equal:
             current.console.print(str(report))
+        try:
+            report.raise_if_different()
+        except VerificationError as error:
+            directory.record("verification", str(error))
         figures = {name: getattr(report, name) for name in ("images", "compared_codes", "mismatched_codes")}
         directory.record("verify", figures)
     current.measure("integer", FastModel(imodel))

@@ -15,7 +15,7 @@ from onnx import numpy_helper
 from torch import nn
 
 import lowprec
-from lowprec.export import onnx as onnx_export
+from lowprec.export import assembly
 from lowprec.export.runtime import onnx_session
 from lowprec.integer.model import IntegerModel, Step
 from lowprec.integer.operators import (
@@ -231,7 +231,7 @@ def test_a_failed_export_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: 
         Path(path).write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(onnx_export.onnx, "save", full_disk)
+    monkeypatch.setattr(assembly.onnx, "save", full_disk)
     with pytest.raises(OSError, match="no space left"):
         lowprec.export_onnx(imodel, file)
     assert file.read_bytes() == b"before"

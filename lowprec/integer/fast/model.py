@@ -112,6 +112,8 @@ class FastModel(nn.Module):
         kind = type(operator)
         if not bytes_only or (isinstance(operator, IntegerLinear) and operator.shortcut is not None):
             return Fallback(operator, sources)
+        if isinstance(operator, IntegerAveragePool) and operator.axes != (2, 3):
+            return Fallback(operator, sources)
         if isinstance(operator, IntegerAdd) and kind is IntegerAdd:
             return FastAdd(operator, next((side for side in (1, 0) if _reusable(step, side, steps, dead)), None))
         if isinstance(operator, IntegerConv2d) and kind in (IntegerConv2d, IntegerMultiplyAdd):

@@ -6,6 +6,7 @@ it again.
 
 from __future__ import annotations
 
+from lowprec.integer.operators.attention import FloatLayerNorm, FloatOperator, FloatSoftmax, IntegerMatmul
 from lowprec.integer.operators.base import Grid, IntegerOperator
 from lowprec.integer.operators.elementwise import (
     IntegerAdd,
@@ -24,28 +25,38 @@ from lowprec.integer.operators.layers import (
     sum_exponents_like,
 )
 from lowprec.integer.operators.movement import (
+    IntegerConstant,
+    IntegerExpand,
     IntegerFlatten,
     IntegerMovement,
     IntegerPad,
     IntegerPermute,
     IntegerReshape,
+    IntegerRoll,
     IntegerSlice,
     IntegerUpsample,
 )
-from lowprec.integer.operators.pooling import IntegerAveragePool, IntegerMaxPool
+from lowprec.integer.operators.pooling import IntegerAveragePool, IntegerBilinear, IntegerMaxPool
 
 __all__ = [
     "OPERATORS",
+    "FloatLayerNorm",
+    "FloatOperator",
+    "FloatSoftmax",
     "Grid",
     "IntegerAdd",
     "IntegerAveragePool",
+    "IntegerBilinear",
     "IntegerConcatenation",
+    "IntegerConstant",
     "IntegerConv2d",
+    "IntegerExpand",
     "IntegerFlatten",
     "IntegerInput",
     "IntegerLayer",
     "IntegerLinear",
     "IntegerLookup",
+    "IntegerMatmul",
     "IntegerMaxPool",
     "IntegerMovement",
     "IntegerMultiply",
@@ -55,6 +66,7 @@ __all__ = [
     "IntegerPermute",
     "IntegerReLU",
     "IntegerReshape",
+    "IntegerRoll",
     "IntegerSlice",
     "IntegerUpsample",
     "logits_of",
@@ -73,6 +85,7 @@ OPERATORS: dict[str, type[IntegerOperator]] = {
         IntegerConcatenation,
         IntegerAveragePool,
         IntegerMaxPool,
+        IntegerBilinear,
         IntegerReLU,
         IntegerLookup,
         IntegerFlatten,
@@ -81,5 +94,11 @@ OPERATORS: dict[str, type[IntegerOperator]] = {
         IntegerSlice,
         IntegerPad,
         IntegerUpsample,
+        IntegerRoll,
+        IntegerConstant,
+        IntegerExpand,
+        IntegerMatmul,
+        FloatSoftmax,
+        FloatLayerNorm,
     )
 }

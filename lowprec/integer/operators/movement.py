@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -15,6 +16,60 @@ class IntegerMovement(IntegerOperator):
     """int32 codes -> the same codes elsewhere, some left out, or zeros between them."""
 
     output: Grid
+
+
+class IntegerConstant(IntegerOperator):
+    """A tensor of codes that depends on no image, such as a position embedding: int16, of any shape."""
+
+    KIND = "constant"
+    output: Grid
+    codes: Tensor
+
+    def __init__(self, codes: Tensor, output: Grid) -> None:
+        super().__init__(output)
+        self.register_buffer("codes", codes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Anything -> the codes, int32."""
+        return self.codes.to(torch.int32)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"codes": self.codes}
+
+
+class IntegerExpand(IntegerMovement):
+    """The same codes for every image: sizes of 1 grow to ``shape``, whose -1 is the batch of a second input."""
+
+    KIND = "expand"
+
+    def __init__(self, output: Grid, shape: Sequence[int]) -> None:
+        super().__init__(output)
+        self.shape = tuple(shape)
+
+    def forward(self, codes: Tensor, like: Tensor) -> Tensor:
+        """int32 codes, repeated."""
+        return codes.expand([len(like) if size == -1 else size for size in self.shape])
+
+    def attributes(self) -> dict[str, Any]:
+        return {**super().attributes(), "shape": self.shape}
+
+
+class IntegerRoll(IntegerMovement):
+    """Cyclic shift: along axis a by s places, for each (a, s)."""
+
+    KIND = "roll"
+
+    def __init__(self, output: Grid, shifts: Sequence[Sequence[int]]) -> None:
+        super().__init__(output)
+        self.shifts = tuple((axis, shift) for axis, shift in shifts)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """int32 codes, rolled."""
+        axes, shifts = zip(*self.shifts, strict=True)
+        return codes.roll(shifts, axes)
+
+    def attributes(self) -> dict[str, Any]:
+        return {**super().attributes(), "shifts": self.shifts}
 
 
 class IntegerFlatten(IntegerMovement):

@@ -1,8 +1,9 @@
-"""Average and max pooling of codes."""
+"""Average and max pooling of codes, and upsampling between pixels."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
+from math import prod
 from typing import Any
 
 import torch
@@ -10,14 +11,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowprec.integer.operators.base import Grid, IntegerOperator
-from lowprec.numerics.fixed_point import divide_round_half_even
+from lowprec.numerics.fixed_point import divide_round_half_even, shift_round_half_even
 from lowprec.numerics.pooling import window_sizes
 
 
 class IntegerAveragePool(IntegerOperator):
     """Average pooling: integer window sums, one division by the window's size, rounded half to even.
 
-    kernel_size None pools globally; the other arguments are those of ``nn.AvgPool2d``.
+    kernel_size None pools over whole ``axes``; the other arguments are those of ``nn.AvgPool2d``.
     """
 
     KIND = "average_pool"
@@ -33,6 +34,7 @@ class IntegerAveragePool(IntegerOperator):
         ceil_mode: bool,
         count_include_pad: bool,
         keep_axes: bool,
+        axes: tuple[int, ...] = (2, 3),
     ) -> None:
         super().__init__(output)
         distance = abs(input.exponent - output.exponent)
@@ -46,12 +48,13 @@ class IntegerAveragePool(IntegerOperator):
         self.ceil_mode = ceil_mode
         self.count_include_pad = count_include_pad
         self.keep_axes = keep_axes
+        self.axes = axes
 
     def forward(self, codes: Tensor) -> Tensor:
-        """[B, C, H, W] int32 codes -> int32 codes [B, C, H', W'], or [B, C] without keep_axes."""
+        """[B, C, H, W] int32 codes -> int32 codes [B, C, H', W']; without keep_axes the pooled axes are gone."""
         if self.kernel_size is None:
-            totals = codes.sum((2, 3), keepdim=self.keep_axes, dtype=torch.int64)
-            sizes = torch.tensor(codes.shape[2] * codes.shape[3], device=codes.device)
+            totals = codes.sum(self.axes, keepdim=self.keep_axes, dtype=torch.int64)
+            sizes = torch.tensor(prod(codes.shape[axis] for axis in self.axes), device=codes.device)
         else:
             totals, sizes = self._windows(codes)
         left = self.input.exponent - self.output.exponent
@@ -77,7 +80,7 @@ class IntegerAveragePool(IntegerOperator):
         return windows[:, :, : sizes.shape[2], : sizes.shape[3]].sum((-2, -1), dtype=torch.int64), sizes
 
     def attributes(self) -> dict[str, Any]:
-        names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "keep_axes")
+        names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "keep_axes", "axes")
         return {**super().attributes(), "input": asdict(self.input), **{name: getattr(self, name) for name in names}}
 
 
@@ -110,3 +113,30 @@ class IntegerMaxPool(IntegerOperator):
     def attributes(self) -> dict[str, Any]:
         names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
         return {**super().attributes(), **{name: getattr(self, name) for name in names}}
+
+
+class IntegerBilinear(IntegerOperator):
+    """Bilinear upsampling by ``factors`` (height, width), powers of two, shifted to the output's exponent."""
+
+    KIND = "bilinear"
+    output: Grid
+
+    def __init__(self, input: Grid, output: Grid, factors: tuple[int, int]) -> None:
+        super().__init__(output)
+        self.input = input
+        self.factors = factors
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H · height, W · width], int32."""
+        # Each weight is a multiple of 1 / (2 · height) · 1 / (2 · width): scaled up, the results are whole numbers.
+        unit = 4 * self.factors[0] * self.factors[1]
+        factors = [float(factor) for factor in self.factors]
+        scaled = functional.interpolate(
+            codes.double() * unit, scale_factor=factors, mode="bilinear", align_corners=False
+        )
+        shift = self.output.exponent - self.input.exponent + unit.bit_length() - 1
+        rounded = shift_round_half_even(scaled.to(torch.int64), shift)
+        return rounded.clamp(self.output.low, self.output.high).to(torch.int32)
+
+    def attributes(self) -> dict[str, Any]:
+        return {**super().attributes(), "input": asdict(self.input), "factors": self.factors}

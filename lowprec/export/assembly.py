@@ -1,0 +1,111 @@
+"""From an integer model and an empty graph to a whole ONNX file: steps written in order, input, output, metadata."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import onnx
+from onnx import TensorProto, helper
+
+from lowprec.export.image_input import write_uint8_input
+from lowprec.export.options import ExportOptions
+from lowprec.export.qdq import QdqGraph
+from lowprec.integer.model import IntegerModel, Step
+from lowprec.integer.operators import IntegerInput, IntegerLayer
+
+# Key of a file's metadata under which lowprec's own stands, as JSON.
+METADATA = "lowprec"
+
+
+def assemble(
+    model: IntegerModel,
+    graph: QdqGraph,
+    write: Callable[[QdqGraph, Step], str],
+    opsets: Sequence[onnx.OperatorSetIdProto],
+    options: ExportOptions,
+) -> onnx.ModelProto:
+    """An ONNX model: ``images``, as the options say, to ``logits`` float.
+
+    write: adds a step's nodes to the graph and returns the tensor that it ends in, as :func:`write_step` does.
+    """
+    result = ""
+    for step in model.steps:
+        if isinstance(step.operator, IntegerInput) and options.input != "float":
+            assert options.normalization is not None
+            write_uint8_input(graph, step, options.normalization, channels_last=options.input == "uint8_nhwc")
+        else:
+            result = write(graph, step)
+    for node in graph.nodes:
+        node.output[:] = ["logits" if output == result else output for output in node.output]
+    batch = options.batch_size or "batch"
+    channels, height, width = model.image_shape
+    image = (height, width, channels) if options.input == "uint8_nhwc" else model.image_shape
+    kind = TensorProto.FLOAT if options.input == "float" else TensorProto.UINT8
+    shape = graph.shapes[model.steps[-1].name]
+    content = helper.make_graph(
+        graph.nodes,
+        "lowprec",
+        [helper.make_tensor_value_info("images", kind, [batch, *image])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [batch, *shape[1:]])],
+        list(graph.constants.values()),
+    )
+    standard = [opset for opset in opsets if not opset.domain]
+    proto = helper.make_model(
+        content,
+        producer_name="lowprec",
+        ir_version=helper.find_min_ir_version_for(standard),
+        opset_imports=opsets,
+    )
+    helper.set_model_props(proto, {METADATA: json.dumps(_metadata(model, options))})
+    return proto
+
+
+def metadata(proto: onnx.ModelProto) -> dict[str, object]:
+    """What lowprec wrote into a file beside its graph; empty for files of others."""
+    texts = {entry.key: entry.value for entry in proto.metadata_props}
+    return dict(json.loads(texts[METADATA])) if METADATA in texts else {}
+
+
+def check_and_write(proto: onnx.ModelProto, path: Path) -> None:
+    """Checks a model with ONNX's own checker, writes it to a temporary name and renames it: a file is whole or absent."""
+    onnx.checker.check_model(proto, full_check=True)
+    write_proto(proto, path)
+
+
+def write_proto(proto: onnx.ModelProto, path: Path) -> None:
+    """Writes a model to a temporary name and renames it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        onnx.save(proto, temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_model(model: object, function: str) -> None:
+    """Raises TypeError if ``model`` is not an integer model; ``function`` is what was called."""
+    if not isinstance(model, IntegerModel):
+        raise TypeError(
+            f"{function} expects an integer model, from lowprec.convert(qmodel), not {type(model).__name__}"
+        )
+
+
+def layers_by_weight(model: IntegerModel) -> dict[str, IntegerLayer]:
+    """The model's layers by the name that their weight tensor has in a graph."""
+    return {f"{step.name}.weight": step.operator for step in model.steps if isinstance(step.operator, IntegerLayer)}
+
+
+def _metadata(model: IntegerModel, options: ExportOptions) -> dict[str, object]:
+    return {
+        **model.metadata,
+        "runtime": options.runtime,
+        "input": options.input,
+        "normalization": None if options.normalization is None else options.normalization._asdict(),
+        "class_names": None if options.class_names is None else list(options.class_names),
+        "exponents": {
+            step.name: step.operator.output.exponent for step in model.steps if step.operator.output is not None
+        },
+    }
