@@ -14,7 +14,7 @@ from math import prod
 import torch
 from torch import Tensor, fx, nn
 
-from lowprec.layers import QuantizedBatchNorm2d, QuantizedLayer, QuantizedLookup
+from lowprec.layers import QuantizedBatchNorm2d, QuantizedLayer, QuantizedLookup, QuantizedMatmul
 from lowprec.numerics.packing import packed_layout
 from lowprec.prepare import full_precision
 
@@ -50,7 +50,7 @@ class LayerCost:
     @property
     def weight_bits(self) -> float:
         """Bits per weight, scales included."""
-        return self.weight_storage_bits / self.weights
+        return self.weight_storage_bits / self.weights if self.weights else 0.0
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Costs:
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of convolutions and linear layers."""
+        """Multiply-accumulates of convolutions, linear layers and products of activation tensors."""
         return sum(layer.macs for layer in self.layers)
 
     @property
@@ -78,7 +78,7 @@ class Costs:
 
     @property
     def integer_mac_share(self) -> float:
-        """Share of MACs in layers with quantized weights."""
+        """Share of MACs in integers: of layers with quantized weights, and of products of quantized tensors."""
         return sum(layer.macs for layer in self.layers if layer.bits < 32) / self.macs
 
     def __str__(self) -> str:
@@ -106,12 +106,13 @@ def cost(qmodel: fx.GraphModule, example_inputs: Tensor) -> Costs:
 
     def record(name: str) -> object:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            layers.append(_layer_cost(name, module, output))
+            product = isinstance(module, QuantizedMatmul)
+            layers.append(_product_cost(name, inputs[0], output) if product else _layer_cost(name, module, output))
 
         return hook
 
     for name, module in meta_model.named_modules():
-        multiplies = isinstance(module, QuantizedLayer | nn.Conv2d | nn.Linear)
+        multiplies = isinstance(module, QuantizedLayer | QuantizedMatmul | nn.Conv2d | nn.Linear)
         if multiplies and not isinstance(module, QuantizedBatchNorm2d):
             module.register_forward_hook(record(name))
     with full_precision(meta_model), torch.no_grad():
@@ -138,6 +139,12 @@ def _layer_cost(name: str, module: nn.Module, output: Tensor) -> LayerCost:
             multiplications = positions * layout.clusters
     shape = tuple(weight.shape)
     return LayerCost(name, shape, bits, cluster_size, macs, multiplications, weight.numel(), storage_bits)
+
+
+def _product_cost(name: str, left: Tensor, output: Tensor) -> LayerCost:
+    """A product of two activation tensors, as attention has them: 8 bits, no weights."""
+    macs = output[0].numel() * left.shape[-1]
+    return LayerCost(name, (), 8, 1, macs, macs, 0, 0)
 
 
 def _full_precision_bytes(qmodel: nn.Module) -> int:

@@ -10,7 +10,21 @@ import pytest
 
 import lowprec
 
-NAMES = ("Recipe", "prepare", "calibrate", "convert", "verify", "export_onnx", "save", "load", "cost", "solve")
+NAMES = (
+    "Recipe",
+    "prepare",
+    "calibrate",
+    "convert",
+    "verify",
+    "export_onnx",
+    "export_packed_onnx",
+    "export_qonnx",
+    "ExportOptions",
+    "save",
+    "load",
+    "cost",
+    "solve",
+)
 
 
 def printed(code: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from onnx import helper
 
+from lowprec.export import openvino
 from lowprec.export.assembly import assemble, check_and_write, check_model
 from lowprec.export.operators import write_step
 from lowprec.export.options import ExportOptions
@@ -29,12 +30,18 @@ def export_onnx(model: IntegerModel, path: str | Path, options: ExportOptions | 
     the recipe, every tensor's exponent, and the class names.
 
     Raises:
-        TypeError: ``model`` is not an integer model. ValueError: an option that cannot be, or a layer whose sums no runtime
-            holds exactly.
+        TypeError: ``model`` is not an integer model. ValueError: an option that cannot be, a layer whose sums no runtime
+            holds exactly, or runtime openvino for a model that computes partly in float.
     """
     check_model(model, "export_onnx")
     options = options or ExportOptions()
     options.validate()
+    if options.runtime == openvino.NAME and model.inexact_steps:
+        first = next(step.name for step in model.steps if step.name in model.inexact_steps)
+        raise ValueError(
+            f"export.runtime=openvino: {first} computes in float, and OpenVINO fuses such models in ways that change codes "
+            "(measured with 2026.4); choose export.runtime=onnxruntime"
+        )
     graph = QdqGraph(model.shapes(), options.runtime)
     proto = assemble(model, graph, write_step, [helper.make_opsetid("", options.opset)], options)
     check_and_write(proto, Path(path))
