@@ -106,7 +106,8 @@ class _Planner:
         """Takes in what follows and has no other user: no-ops, for a convolution its batch norm, then a shortcut that is
         added, then an activation.
         """
-        while (follower := only_user(operation.result)) is not None:
+        # An add that a layer has taken in already is not the other operand's as well.
+        while (follower := only_user(operation.result)) is not None and follower not in self.absorbed:
             module = self.modules.get(str(follower.target)) if follower.op == "call_module" else None
             activation = module_activation(module) if module is not None else function_activation(follower)
             plain = not operation.activation and operation.shortcut is None
