@@ -23,6 +23,7 @@ SET_UP = {
 }
 # What makes long commands short; nothing that they prove depends on it.
 SHORTER = {
+    "coverage.py": ["resnet18", "vit_tiny_patch16_224", "--images", "1", "--calibration", "2"],
     "image_folder": ["data.image_size=64", "data.batch_size=4", "calibration.images=8", "trainer.max_epochs=1"],
     "fashion_mnist": ["data.limit_train=600", "data.limit_test=200", "baseline.max_epochs=2", "trainer.max_epochs=1"],
 }
@@ -40,6 +41,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
     for name in ("train.py", "conf", "tests"):
         (folder / name).symlink_to(REPOSITORY / name)
+    (folder / "README.md").write_text(README)
     generator = torch.Generator().manual_seed(0)
     for split in ("train", "val"):
         for label in ("cat", "dog"):
