@@ -25,6 +25,10 @@ log = logging.getLogger(__name__)
 DEAD_VARIANCE = 1e-12
 # Exponents of operands: the sum's own may lie two above the larger, and 16 above the smaller is what kernels add exactly.
 ADD_REACH = 14
+# Attention masks are added in front of a softmax: 0, or a number so low that nothing is left of e to its power. Down to
+# -128 · 2^-3 = -16 is enough, and leaves the sums the resolution that -100 would take from them.
+MASK_EXPONENT = -3
+MASK_THRESHOLD = -32.0
 
 
 class ChannelStatistics(NamedTuple):
@@ -148,7 +152,11 @@ class _Walk:
         module = self.qmodel.get_submodule(name)
         batches = list(zip(*inputs, strict=True))
         if isinstance(module, ActivationQuantizer):
-            return self._quantized(name, module, [batch[0] for batch in batches])
+            values = [batch[0] for batch in batches]
+            if _is_mask(values[0]):
+                module.set_exponent(MASK_EXPONENT)
+                return [_coded(quantize(value, module.exponent, module.codes), module) for value in values]
+            return self._quantized(name, module, values)
         if isinstance(module, QuantizedLayer) and name in self.reference:
             _correct(module, self.reference[name], [_unpacked(batch[0]) for batch in batches])
         if getattr(module, "quantizer", None) is None:
@@ -210,6 +218,12 @@ class _Codes(NamedTuple):
 
 def _coded(codes: Tensor, quantizer: ActivationQuantizer) -> _Codes:
     return _Codes(codes.to(torch.int8 if quantizer.signed else torch.uint8), quantizer)
+
+
+def _is_mask(values: Tensor) -> bool:
+    """Whether a tensor holds zeros and one very negative number alone."""
+    lowest = values.amin()
+    return bool(lowest <= MASK_THRESHOLD) and bool(((values == 0) | (values == lowest)).all())
 
 
 def _within_reach(name: str, batches: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:

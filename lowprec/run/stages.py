@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import Tensor, fx, nn
 
 from lowprec.calibrate import calibrate
-from lowprec.config import RunConfig
+from lowprec.config import ConfigError, RunConfig
 from lowprec.cost import cost
 from lowprec.data import DataModule
 from lowprec.export.onnx import export_onnx
@@ -29,6 +29,7 @@ from lowprec.integer.convert import convert
 from lowprec.integer.fast import FastModel
 from lowprec.integer.model import IntegerModel
 from lowprec.integer.packed import save
+from lowprec.layers import QuantizedFloatOperator
 from lowprec.models import load_checkpoint, save_checkpoint
 from lowprec.prepare import prepare
 from lowprec.report.summary import TOP1_ROWS, Summary, build_summary, cost_summary, plural, summary_table
@@ -142,10 +143,18 @@ def check_quantizable(current: Run) -> None:
 
     Raises:
         RecipeError: a rule matches no layer. UnsupportedModelError, TracingError: the model has no integer form.
+        ConfigError: the model or the data cannot be exported as configured.
     """
     with torch.device("meta"):
         model = build_model(current.config, num_classes=current.data.num_classes).eval()
-        prepare(model, current.config.recipe, torch.empty(2, *current.data.input_size))
+        qmodel = prepare(model, current.config.recipe, torch.empty(2, *current.data.input_size))
+    options = export_options(current.config, current.data)
+    floats = [name for name, module in qmodel.named_modules() if isinstance(module, QuantizedFloatOperator)]
+    if floats and options.runtime == "openvino":
+        raise ConfigError(
+            f"export.runtime=openvino: {floats[0]} computes in float, and OpenVINO's form is proven for models without such "
+            "operators; choose export.runtime=onnxruntime"
+        )
 
 
 def quantize(current: Run, full_precision: nn.Module) -> fx.GraphModule:
