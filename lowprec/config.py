@@ -21,6 +21,7 @@ from lowprec.recipe import Recipe, RecipeError
 TASKS = ("train", "evaluate", "verify", "export", "cost")
 DATA_SETS = ("fashion_mnist", "digits", "cifar10", "cifar100", "imagenet", "image_folder")
 RUNTIMES = ("onnxruntime", "openvino")
+FORMATS = ("int8", "packed", "qonnx")
 INPUTS = ("float", "uint8", "uint8_nhwc")
 OPSETS = range(13, 26)
 OPTIMIZERS = ("sgd", "adamw")
@@ -153,12 +154,14 @@ class LoggerConfig:
 
 @dataclass
 class ExportConfig:
-    """How the ONNX file is written: see :class:`lowprec.export.onnx.ExportOptions`.
+    """How the ONNX file is written: see :class:`lowprec.export.options.ExportOptions`.
 
-    ``batch_size`` null leaves the batch open. ``input``: ``float`` (normalised images), ``uint8`` or ``uint8_nhwc`` (pixels,
-    with the data's normalization folded in).
+    ``format``: ``int8`` is model.onnx, which every run has; ``packed`` (2- and 4-bit weights) and ``qonnx`` (FINN, hls4ml)
+    are files beside it. ``batch_size`` null leaves the batch open. ``input``: ``float`` (normalised images), ``uint8`` or
+    ``uint8_nhwc`` (pixels, with the data's normalization folded in).
     """
 
+    format: str = "int8"
     runtime: str = "onnxruntime"
     opset: int = 18
     batch_size: Optional[int] = None  # noqa: UP045
@@ -241,7 +244,14 @@ class RunConfig:
 
     def _validate_export(self) -> None:
         export, images = self.export, self.verify.images
+        _require_choice("export.format", export.format, FORMATS)
         _require_choice("export.runtime", export.runtime, RUNTIMES)
+        if export.format != "int8" and export.runtime != "onnxruntime":
+            raise ConfigError(f"export.runtime={export.runtime}: export.format={export.format} is for onnxruntime")
+        if export.format == "qonnx" and self.task == "verify":
+            raise ConfigError(
+                "export.format=qonnx: the qonnx package executes such files; task=verify takes int8 or packed"
+            )
         _require_choice("export.input", export.input, INPUTS)
         _require("export.opset", export.opset, export.opset in OPSETS, f"{OPSETS.start} to {OPSETS.stop - 1}")
         batch = export.batch_size

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from lowprec.config import ConfigError, RunConfig
 from lowprec.data import DataModule, create_data
-from lowprec.data.normalization import PIXEL_VALUES
-from lowprec.export.options import ExportOptions
 from lowprec.models import create_model, pretrained_data_config
 
 _PHOTOGRAPHS = ("imagenet", "image_folder")
@@ -70,25 +68,3 @@ def evaluation_images(data: DataModule, limit: int | None = None) -> Iterator[Te
             return
         yield images[:left]
         left -= len(images)
-
-
-def export_options(config: RunConfig, data: DataModule) -> ExportOptions:
-    """How the configured run writes its ONNX file, with the data's normalization and class names.
-
-    Raises:
-        ConfigError: pixels as input, of a data set whose pixels are not 8-bit.
-    """
-    export = config.export
-    if export.input != "float" and data.normalization.peak != PIXEL_VALUES - 1:
-        raise ConfigError(
-            f"export.input={export.input}: the pixels of {config.data.name} go to {data.normalization.peak}, not to "
-            f"{PIXEL_VALUES - 1}; choose export.input=float"
-        )
-    return ExportOptions(
-        runtime=export.runtime,
-        opset=export.opset,
-        batch_size=export.batch_size,
-        input=export.input,
-        normalization=data.normalization,
-        class_names=data.class_names,
-    )

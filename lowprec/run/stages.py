@@ -34,8 +34,9 @@ from lowprec.models import load_checkpoint, save_checkpoint
 from lowprec.prepare import prepare
 from lowprec.report.summary import TOP1_ROWS, Summary, build_summary, cost_summary, plural, summary_table
 from lowprec.report.terminal import create_console
-from lowprec.run.data import evaluation_images, export_options, run_data
+from lowprec.run.data import evaluation_images, run_data
 from lowprec.run.directory import RunDirectory, write_text
+from lowprec.run.export import export_file, export_options
 from lowprec.run.full_precision import build_model, full_precision_model
 from lowprec.training.codes import CodeStatistics
 from lowprec.training.evaluation import Predictor, top1
@@ -213,6 +214,8 @@ def ship(current: Run, qmodel: fx.GraphModule) -> IntegerModel:
         imodel = convert(qmodel)
         save(imodel, directory.model_file)
         export_onnx(imodel, directory.onnx_file, export_options(current.config, current.data))
+        if current.config.export.format != "int8":
+            export_file(imodel, directory, current.config, current.data)
     return imodel
 
 

@@ -12,15 +12,15 @@ from torch import fx
 
 from lowprec.config import ConfigError, RunConfig
 from lowprec.cost import cost
-from lowprec.export.onnx import export_onnx
 from lowprec.export.runtime import ExportedModel
 from lowprec.integer.fast import FastModel
 from lowprec.integer.packed import load
 from lowprec.models import load_checkpoint
 from lowprec.prepare import prepare
 from lowprec.report.summary import Summary, cost_rows, cost_summary
-from lowprec.run.data import evaluation_images, export_options, published_data_config, run_data
+from lowprec.run.data import evaluation_images, published_data_config, run_data
 from lowprec.run.directory import RunDirectory
+from lowprec.run.export import export_file, exported_file
 from lowprec.run.full_precision import build_model
 from lowprec.training.checkpoints import BEST
 from lowprec.training.evaluation import top1
@@ -71,21 +71,20 @@ def verify_run(config: RunConfig, console: Console) -> Summary:
     directory = finished_run(config)
     data = run_data(directory.config)
     qmodel = fake_quant_model(directory, data.num_classes, data.input_size)
-    report = verify(
-        qmodel, load(directory.model_file), evaluation_images(data, config.verify.images), onnx=directory.onnx_file
-    )
+    file = exported_file(directory, config)
+    report = verify(qmodel, load(directory.model_file), evaluation_images(data, config.verify.images), onnx=file)
     console.print(str(report))
     report.raise_if_different()
     return {name: getattr(report, name) for name in ("images", "compared_codes", "mismatched_codes")}
 
 
 def export_run(config: RunConfig, console: Console) -> Summary:
-    """Writes the ONNX file anew from the packed integer model alone, with the options of ``config.export``."""
+    """Writes an ONNX file from the packed integer model alone, with the format and options of ``config.export``."""
     directory = finished_run(config)
-    options = export_options(config, run_data(directory.config))
-    export_onnx(load(directory.model_file), directory.onnx_file, options)
-    console.print(f"wrote {directory.onnx_file} ({directory.onnx_file.stat().st_size:,} bytes) for {options.runtime}")
-    console.print("prove it on your images: the same command with task=verify")
+    path = export_file(load(directory.model_file), directory, config, run_data(directory.config))
+    console.print(f"wrote {path} ({path.stat().st_size:,} bytes)")
+    if config.export.format != "qonnx":
+        console.print("prove it on your images: the same command with task=verify")
     return {}
 
 
