@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import onnx
 
 from lowprec.export import openvino
+from lowprec.export.lookup import write_lookup
 from lowprec.export.pooling import write_average_pool, write_bilinear, write_max_pool
 from lowprec.export.qdq import SIGNED_ZERO_POINT, QdqGraph, codes_name, values_name, zero_point
 from lowprec.integer.model import Step
@@ -199,22 +199,6 @@ def _relu(graph: QdqGraph, step: Step, operator: IntegerReLU) -> None:
     graph.clip(step.name, codes_name(step.inputs[0]), operator.output, 0, operator.six)
 
 
-def _lookup(graph: QdqGraph, step: Step, operator: IntegerLookup) -> None:
-    name = step.name
-    table = operator.table.numpy().reshape(-1) + zero_point(operator.output)
-    graph.constant(f"{name}.table", table.astype(np.uint8))
-    # A code with its zero point added is its place in the table, which begins at the lowest code.
-    entries = graph.node("Cast", [codes_name(step.inputs[0])], f"{name}.entries", to=onnx.TensorProto.INT32)
-    if operator.table.dim() == 2:
-        shape = [1] * len(graph.shapes[step.inputs[0]])
-        shape[operator.axis] = -1
-        offsets = np.arange(len(operator.table), dtype=np.int32) * operator.table.shape[1]
-        graph.constant(f"{name}.offsets", offsets.reshape(shape))
-        entries = graph.node("Add", [entries, f"{name}.offsets"], f"{name}.channel_entries")
-    graph.node("Gather", [f"{name}.table", entries], codes_name(name), name)
-    graph.dequantize(name, operator.output)
-
-
 def _flatten(graph: QdqGraph, step: Step, operator: IntegerFlatten) -> None:
     # On values: ONNX Runtime fuses a matrix product with the DequantizeLinear of a quantized tensor only.
     graph.node("Flatten", _values(step), f"{step.name}.float", step.name, axis=1)
@@ -320,7 +304,7 @@ _WRITERS: dict[type[IntegerOperator], Callable[[QdqGraph, Step, Any], None]] = {
     IntegerMultiply: _multiply,
     IntegerConcatenation: _concatenation,
     IntegerReLU: _relu,
-    IntegerLookup: _lookup,
+    IntegerLookup: write_lookup,
     IntegerMaxPool: write_max_pool,
     IntegerAveragePool: write_average_pool,
     IntegerBilinear: write_bilinear,

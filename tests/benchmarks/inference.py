@@ -2,7 +2,7 @@
 
     python tests/benchmarks/inference.py MODEL [--recipe w2a8_n4] [--batch 8] [--side 224] [--only 'lowprec*']
 
-MODEL is a name of timm's or torchvision's (lowprec.models). Its weights are random, which changes no speed. The candidates
+MODEL is a name of timm's or torchvision's (lowprec.models). Its weights are random, its batch norms' statistics those of random images. The candidates
 take turns, several rounds of them, so that what else runs on the machine slows all alike; ratios are medians of the rounds'.
 Others' quantizers are the optional extra "peers"; a line says where one is not installed or fails.
 """
@@ -21,11 +21,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from inference_candidates import REFERENCE, Candidate, Workload
-from networks import awkward, images
+from networks import images
 
 from lowprec.models import create_model
 from lowprec.recipe import Recipe
@@ -35,8 +36,20 @@ PACKAGES = ("torch", "onnxruntime", "openvino", "nncf", "timm")
 # What limits a runtime to fewer instructions than the CPU has; ONNX Runtime's kernels know no such switch.
 LIMITS = {
     "ATEN_CPU_CAPABILITY": "PyTorch's own and compiled kernels",
-    "ONEDNN_MAX_CPU_ISA": "oneDNN's kernels in PyTorch",
+    "ONEDNN_MAX_CPU_ISA": "oneDNN's kernels in PyTorch and OpenVINO",
 }
+
+
+def settled(model: nn.Module, side: int) -> nn.Module:
+    """With statistics of random images in its batch norms, so that activations have the sizes of a trained network's."""
+    torch.manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None  # the mean over all batches
+    with torch.no_grad():
+        model.train()(images(0, 16, (3, side, side)))
+    return model.eval()
 
 
 def describe_machine(threads: int) -> str:
@@ -80,7 +93,7 @@ def build(workload: Workload, only: list[str], reference: bool) -> tuple[dict[st
         except ModuleNotFoundError as error:
             failed[name] = f'pip install "lowprec[peers]" ({error})'
         except Exception as error:
-            failed[name] = " ".join([type(error).__name__, *str(error).split("\n")[:1]])[:100]
+            failed[name] = " ".join(f"{type(error).__name__}: {error}".split())[:160]
     return built, failed
 
 
@@ -142,7 +155,7 @@ def main(arguments: list[str]) -> None:
     shape = (3, given.side, given.side)
     with tempfile.TemporaryDirectory() as folder:
         workload = Workload(
-            model=awkward(create_model(given.model), 0, dead_channels=False),
+            model=settled(create_model(given.model), given.side),
             images=images(0, given.batch, shape),
             calibration=[images(1, given.batch, shape)],
             recipe=Recipe.load(given.recipe),
