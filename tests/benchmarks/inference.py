@@ -2,9 +2,10 @@
 
     python tests/benchmarks/inference.py MODEL [--recipe w2a8_n4] [--batch 8] [--side 224] [--only 'lowprec*']
 
-MODEL is a name of timm's or torchvision's (lowprec.models). Its weights are random, its batch norms' statistics those of random images. The candidates
-take turns, several rounds of them, so that what else runs on the machine slows all alike; ratios are medians of the rounds'.
-Others' quantizers are the optional extra "peers"; a line says where one is not installed or fails.
+MODEL is a name of timm's or torchvision's (lowprec.models). Its weights are random, its batch norms' statistics those of
+random images. The candidates take turns, several rounds of them, so that what else runs on the machine slows all alike;
+ratios are medians of the rounds'. Others' quantizers are the optional extra "peers"; a line says where one is not installed
+or fails.
 """
 
 from __future__ import annotations
