@@ -10,9 +10,12 @@ Compile with ``{"INFERENCE_PRECISION_HINT": "f32"}``: the default may round 32-b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from lowprec.export.qdq import QdqGraph
+from lowprec.export.qdq import QdqGraph, codes_name, values_name
+from lowprec.integer.operators import Grid
 
 NAME = "openvino"
 
@@ -59,6 +62,16 @@ def zero_padded(graph: QdqGraph, name: str, padding: tuple[int, ...]) -> str:
         graph.node("Pad", [codes, sides, f"{name}.zero_point"], out)
 
     return graph.recode(name, f"padded{top}_{left}_{bottom}_{right}", write)
+
+
+def on_one_grid(graph: QdqGraph, name: str, inputs: Sequence[str], output: Grid) -> list[str]:
+    """Codes of each operand of a concatenation on the result's grid: joined as values, zero points were lost."""
+    parts = []
+    for index, operand in enumerate(inputs):
+        part = f"{name}.operand{index}"
+        graph.quantize(part, values_name(operand), output, dequantize=False)
+        parts.append(codes_name(part))
+    return parts
 
 
 def rounded(graph: QdqGraph, name: str, values: str, exponent: int) -> str:

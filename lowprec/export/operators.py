@@ -179,6 +179,11 @@ def _multiply(graph: QdqGraph, step: Step, operator: IntegerMultiply) -> None:
 
 
 def _concatenation(graph: QdqGraph, step: Step, operator: IntegerConcatenation) -> None:
+    if graph.runtime == openvino.NAME:
+        parts = openvino.on_one_grid(graph, step.name, step.inputs, operator.output)
+        graph.node("Concat", parts, codes_name(step.name), step.name, axis=operator.axis)
+        graph.dequantize(step.name, operator.output)
+        return
     graph.node("Concat", _values(step), f"{step.name}.float", step.name, axis=operator.axis)
     graph.quantize(step.name, f"{step.name}.float", operator.output)
 
