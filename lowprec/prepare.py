@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from lowprec.graph.nodes import constant_nodes, module_path, tensors_of
 from lowprec.graph.norm_activations import split_norm_activations
 from lowprec.graph.operation import Operation
-from lowprec.graph.operations import UnsupportedModelError, plan
+from lowprec.graph.planning import UnsupportedModelError, plan
 from lowprec.graph.pointwise import can_be_negative
 from lowprec.graph.tracing import TracingError, check_same_function, trace
 from lowprec.layers import (

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lowprec.calibrate import calibrate
-from lowprec.graph.operations import UnsupportedModelError
+from lowprec.graph.planning import UnsupportedModelError
 from lowprec.graph.tracing import TracingError, check_same_function, trace
 from lowprec.layers import ActivationQuantizer, QuantizedLayer, QuantizedReLU, quantized_layers
 from lowprec.prepare import describe_assignment, full_precision, prepare

@@ -69,7 +69,7 @@ def run_to_exit_code(config: RunConfig) -> int:
     from filelock import Timeout
 
     from lowprec.data import DataError
-    from lowprec.graph.operations import UnsupportedModelError
+    from lowprec.graph.planning import UnsupportedModelError
     from lowprec.graph.tracing import TracingError
     from lowprec.integer.convert import ConversionError
     from lowprec.integer.packed import PackedFileError

@@ -124,33 +124,30 @@ class IntegerConcatenation(IntegerOperator):
 class IntegerLookup(IntegerOperator):
     """Any function of one code: output code = table[input code − input.low].
 
-    table: int16 [T] with T = input.high − input.low + 1, or [C, T] where each channel, on ``axis``, has its own function.
+    table: int16 [T] with T = input.high − input.low + 1, or [C, T] where each channel, on axis 1, has its own function.
     """
 
     KIND = "lookup"
     output: Grid
     table: Tensor
 
-    def __init__(self, table: Tensor, input: Grid, output: Grid, axis: int = 1) -> None:
+    def __init__(self, table: Tensor, input: Grid, output: Grid) -> None:
         super().__init__(output)
         if table.shape[-1] != input.high - input.low + 1:
             raise ValueError(f"a table of {table.shape[-1]} entries for codes from {input.low} to {input.high}")
         self.input = input
-        self.axis = axis
         self.register_buffer("table", table)
 
     def forward(self, codes: Tensor) -> Tensor:
         """Any shape, int32 -> int32 codes."""
         entries = (codes - self.input.low).to(torch.int64)
         if self.table.dim() == 2:
-            channels = [1] * codes.dim()
-            channels[self.axis] = -1
             offsets = torch.arange(len(self.table), device=codes.device) * self.table.shape[1]
-            entries = entries + offsets.view(channels)
+            entries = entries + offsets.view(1, -1, *[1] * (codes.dim() - 2))
         return self.table.reshape(-1)[entries].to(torch.int32)
 
     def attributes(self) -> dict[str, Any]:
-        return {**super().attributes(), "input": asdict(self.input), "axis": self.axis}
+        return {**super().attributes(), "input": asdict(self.input)}
 
     def tensors(self) -> dict[str, Tensor]:
         return {"table": self.table}

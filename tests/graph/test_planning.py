@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lowprec.graph.operations import UnsupportedModelError, plan
+from lowprec.graph.planning import UnsupportedModelError, plan
 from lowprec.graph.tracing import trace
 
 Body = Callable[[nn.Module, Tensor], Tensor]
