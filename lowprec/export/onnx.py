@@ -19,6 +19,10 @@ from lowprec.export.operators import write_step
 from lowprec.export.options import ExportOptions
 from lowprec.export.qdq import QdqGraph
 from lowprec.integer.model import IntegerModel
+from lowprec.integer.operators import FloatLayerNorm
+
+# The first operator set with LayerNormalization.
+LAYER_NORM_OPSET = 17
 
 __all__ = ["ExportOptions", "export_onnx"]
 
@@ -42,6 +46,9 @@ def export_onnx(model: IntegerModel, path: str | Path, options: ExportOptions | 
             f"export.runtime=openvino: {first} computes in float, and OpenVINO fuses such models in ways that change codes "
             "(measured with 2026.4); choose export.runtime=onnxruntime"
         )
+    norm = next((step.name for step in model.steps if isinstance(step.operator, FloatLayerNorm)), None)
+    if norm is not None and options.opset < LAYER_NORM_OPSET:
+        raise ValueError(f"export.opset={options.opset}: {norm} is a layer norm; give at least {LAYER_NORM_OPSET}")
     graph = QdqGraph(model.shapes(), options.runtime)
     proto = assemble(model, graph, write_step, [helper.make_opsetid("", options.opset)], options)
     check_and_write(proto, Path(path))

@@ -231,7 +231,7 @@ def _lookup(graph: QdqGraph, step: Step, operator: IntegerLookup) -> None:
     first = np.full(1, -operator.input.low, np.float32)
     if table.ndim == 2:
         shape = [1] * len(graph.shapes[step.inputs[0]])
-        shape[operator.axis] = -1
+        shape[1] = -1
         first = (first + np.arange(len(table), dtype=np.float32) * table.shape[1]).reshape(shape)
     entries = graph.node("Add", [codes, graph.constant(f"{name}.first", first)], f"{name}.entries")
     entries = graph.node("Cast", [entries], f"{name}.indices", to=TensorProto.INT64)
