@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from lowprec.export.qdq import codes_name, zero_point
 from lowprec.export.runtime import RUNTIME_NAMES, ExportedModel
-from lowprec.graph.nodes import step_name
+from lowprec.graph.nodes import step_names
 from lowprec.integer.fast import FastModel
 from lowprec.integer.model import IntegerModel, Step
 from lowprec.integer.operators import IntegerLayer, logits_of, sum_exponents_like
@@ -87,11 +87,12 @@ class _FakeQuantCodes(fx.Interpreter):
 
     def __init__(self, qmodel: fx.GraphModule) -> None:
         super().__init__(qmodel)
+        self.names = step_names(self.graph)
         self.results: dict[str, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        self.results[step_name(n)] = result
+        self.results[self.names[n]] = result
         return result
 
     def run(self, images: Tensor, imodel: IntegerModel) -> dict[str, Tensor]:  # type: ignore[override]

@@ -1,6 +1,8 @@
 """Calibration: exponents and batch-norm correction against independent computations, and what they are worth."""
 
 import copy
+import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +10,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lowprec.calibrate import calibrate
+import lowprec
+from lowprec.calibrate import ADD_REACH, MASK_EXPONENT, calibrate
+from lowprec.integer.operators import IntegerAdd
 from lowprec.numerics.calibrators import choose_exponent
 from lowprec.prepare import full_precision, prepare
 from lowprec.recipe import ActivationScheme, Recipe, WeightScheme
@@ -116,6 +120,94 @@ def test_gradients_reach_the_latent_weights() -> None:
     for name, parameter in qmodel.named_parameters():
         assert parameter.grad is not None, name
         assert float(parameter.grad.abs().sum()) > 0, name
+
+
+class Faint(nn.Module):
+    """A branch that is scaled down to next to nothing, as ConvNeXt's are at first."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.branch, self.head = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 1), nn.Linear(6, 4)
+        with torch.no_grad():
+            for parameter in self.branch.parameters():
+                parameter.mul_(scale)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.conv(images)
+        return self.head((x + self.branch(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize(("scale", "raised"), [(1.0, False), (2.0**-30, True), (0.0, False)])
+def test_operands_far_apart_are_brought_within_reach(
+    scale: float, raised: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    qmodel = prepare(Faint(scale).eval(), "w8a8", BATCHES[0])
+    with caplog.at_level(logging.INFO, "lowprec.calibrate"):
+        calibrate(qmodel, BATCHES)
+    larger, smaller = (int(qmodel.get_submodule(name).quantizer.exponent) for name in ("conv", "branch"))
+    assert ("an operand's exponent is raised" in caplog.text) == raised
+    assert (larger - smaller == ADD_REACH) == raised
+    imodel = lowprec.convert(qmodel)
+    add = next(step.operator for step in imodel.steps if isinstance(step.operator, IntegerAdd))
+    assert (add.left.exponent, add.right.exponent) == (larger, smaller)
+    for runtime in ("onnxruntime", "openvino"):
+        lowprec.export_onnx(imodel, tmp_path / "model.onnx", lowprec.ExportOptions(runtime=runtime))
+        report = lowprec.verify(qmodel, imodel, [3 * BATCHES[1], BATCHES[2]], onnx=tmp_path / "model.onnx")
+        assert report.equal, report
+
+
+def test_the_output_of_operands_brought_within_reach_is_that_of_their_new_codes() -> None:
+    """The finer operand's codes are rounded again before the sum's exponent is chosen."""
+    qmodel = prepare(Faint(2.0**-30).eval(), "w8a8", BATCHES[0])
+    calibrate(qmodel, BATCHES)
+    conv, branch = (qmodel.get_submodule(name) for name in ("conv", "branch"))
+    with torch.no_grad():
+        sums = [
+            (x := conv(qmodel.input_quantizer(batch))) + branch.quantizer(branch.unquantized(x)) for batch in BATCHES
+        ]
+    add = qmodel.get_submodule("add").quantizer
+    scheme = qmodel.meta["recipe"].activations
+    assert int(add.exponent) == choose_exponent(sums, add.codes, scheme.calibrator, scheme.percentile)
+
+
+class Masked(nn.Module):
+    """Scores, a constant that is added to them, and a softmax."""
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.head = nn.Conv2d(3, 6, 1), nn.Linear(64, 4)
+        self.register_buffer("mask", mask)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.conv(images).flatten(2)
+        return self.head((x + self.mask).softmax(-1).mean(1))
+
+
+@pytest.mark.parametrize(
+    ("low", "other", "exponent"),
+    [
+        (-100.0, 0.0, MASK_EXPONENT),
+        (-1e9, 0.0, MASK_EXPONENT),
+        (-32.0, 0.0, MASK_EXPONENT),
+        (-31.0, 0.0, None),
+        (-100.0, 1.0, None),
+    ],
+)
+def test_masks_keep_the_resolution_of_the_sums(low: float, other: float, exponent: int | None) -> None:
+    """Constants of zeros and one very negative number; others are quantized by their own range."""
+    mask = torch.zeros(6, 64)
+    mask[:, ::3], mask[0, 1] = low, other
+    qmodel = prepare(Masked(mask).eval(), "w8a8", BATCHES[0])
+    calibrate(qmodel, BATCHES)
+    quantizer = qmodel.get_submodule("constant")
+    scheme = qmodel.meta["recipe"].activations
+    own = choose_exponent([mask], quantizer.codes, scheme.calibrator, scheme.percentile)
+    assert int(quantizer.exponent) == (own if exponent is None else exponent)
+    constant = next(step.operator for step in lowprec.convert(qmodel).steps if step.operator.KIND == "constant")
+    expected = (mask.double() * 2.0 ** -int(quantizer.exponent)).round().clamp(-128, 127)
+    assert torch.equal(constant.codes.double(), expected)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from networks import awkward, images, quantize
+from networks import TinyTransformer, awkward, images, quantize
 from torch import nn
 
 import lowprec
@@ -95,6 +95,34 @@ def test_macs_of_depthwise_and_grouped_convolutions() -> None:
     _, depthwise, grouped = meta_cost(model, Recipe(), (3, 8, 8)).layers
     assert (depthwise.macs, depthwise.multiplications) == (36 * 12 * 9, 36 * 12)
     assert (grouped.macs, grouped.multiplications) == (16 * 6 * 4 * 9, 16 * 6)
+
+
+def test_products_of_attention_are_counted_and_have_no_weights() -> None:
+    """Two products a head: [17, 6] · [6, 17] and [17, 17] · [17, 6]; softmax, layer norms and tables multiply nothing."""
+    costs = meta_cost(TinyTransformer(), Recipe.load("w2a8_n4"), (3, 8, 8))
+    by_name = {layer.name: layer for layer in costs.layers}
+    products = [layer for layer in costs.layers if layer.weights == 0]
+    assert [layer.macs for layer in products] == [2 * 17 * 17 * 6, 2 * 17 * 6 * 17]
+    assert all((layer.bits, layer.multiplications, layer.weight_bits) == (8, layer.macs, 0.0) for layer in products)
+    assert by_name["qkv"].macs == 17 * 12 * 36
+    layers = 16 * 12 * 12 + 17 * 12 * 36 + 17 * 12 * 12 + 2 * 17 * 12 * 24 + 36 * 8 * 12 * 9 + 8 * 5
+    assert costs.macs == layers + 4 * 17 * 17 * 6
+    assert len(costs.layers) == 9
+    assert costs.integer_mac_share == 1.0
+    # Nothing but weights has bits.
+    weights = sum(layer.weights for layer in costs.layers)
+    assert costs.weight_bits == sum(layer.weight_storage_bits for layer in costs.layers) / weights
+
+
+def test_batch_norms_of_their_own_are_no_macs() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 1))
+    costs = meta_cost(model, Recipe(), (3, 8, 8))
+    assert [(layer.name, layer.macs) for layer in costs.layers] == [("0", 64 * 3 * 6 * 9), ("3", 64 * 24)]
+    # But its parameters and statistics are bytes, in full precision and packed.
+    assert costs.fp32_bytes == float_bytes(model)
+    without = meta_cost(nn.Sequential(model[0], model[1], model[3]), Recipe(), (3, 8, 8))
+    assert costs.fp32_bytes - without.fp32_bytes == 4 * 4 * 6
+    assert costs.packed_bytes - without.packed_bytes > 6 * (1 + 1 + 4)
 
 
 def float_bytes(model: nn.Module) -> int:

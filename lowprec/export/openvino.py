@@ -11,6 +11,7 @@ Compile with ``{"INFERENCE_PRECISION_HINT": "f32"}``: the default may round 32-b
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import numpy as np
 
@@ -18,6 +19,9 @@ from lowprec.export.qdq import QdqGraph, codes_name, values_name
 from lowprec.integer.operators import Grid
 
 NAME = "openvino"
+# Bits beyond the code in which averages are rounded first; an average s / D that is no tie lies 1 / (2 D) from one.
+FINE = 12
+LARGEST_DENOMINATOR = 3000
 
 
 def kept_apart(graph: QdqGraph, name: str) -> str:
@@ -72,6 +76,46 @@ def on_one_grid(graph: QdqGraph, name: str, inputs: Sequence[str], output: Grid)
         graph.quantize(part, values_name(operand), output, dequantize=False)
         parts.append(codes_name(part))
     return parts
+
+
+def as_rows(graph: QdqGraph, name: str, axes: Sequence[int]) -> str:
+    """The codes as images [B, all other axes, all ``axes``, 1]: sums over the axes of other tensors are computed wrong."""
+    shape = graph.shapes[name]
+    others = [axis for axis in range(1, len(shape)) if axis not in axes]
+    sizes = [-1, prod(shape[axis] for axis in others), prod(shape[axis] for axis in axes), 1]
+
+    def write(codes: str, out: str) -> None:
+        moved = graph.node("Transpose", [codes], f"{out}.moved", perm=[0, *others, *axes])
+        graph.node("Reshape", [moved, graph.constant(f"{out}.shape", np.array(sizes, np.int64))], out)
+
+    return graph.recode(name, f"rows{'_'.join(map(str, axes))}", write)
+
+
+def divided(graph: QdqGraph, name: str, total: str, sizes: np.ndarray, input: Grid, output: Grid) -> str:
+    """Float sums of codes by ``sizes``, rounded to the output's grid; for division by a constant OpenVINO multiplies.
+
+    First rounded to FINE more bits: that makes ties of what the rounded inverse has carried over one (a product of less than
+    2^20 is off by less than an eighth), and all else lies further from a tie than that moves it.
+
+    Raises:
+        ValueError: the averages lie too close to ties.
+    """
+    left = input.exponent - output.exponent
+    largest = int(sizes.max()) << max(-left, 0)
+    if largest > LARGEST_DENOMINATOR:
+        raise ValueError(
+            f"export.runtime=openvino: {name} averages {int(sizes.max())} codes, too many to round them all right on its "
+            "output's grid; choose export.runtime=onnxruntime"
+        )
+    # Whole numbers, so that the factors that follow cannot be moved into the sum.
+    unit = graph.constant(f"{name}.input_unit", np.ldexp(np.float32(1), -input.exponent))
+    codes = graph.node("Round", [graph.node("Mul", [total, unit], f"{name}.codes_sum")], f"{name}.whole_sum")
+    inverse = graph.constant(f"{name}.inverse", (2.0 ** (left + FINE) / sizes).astype(np.float32))
+    fine = graph.node("Round", [graph.node("Mul", [codes, inverse], f"{name}.quotient", name)], f"{name}.fine")
+    coarse = graph.constant(f"{name}.coarse", np.ldexp(np.float32(1), -FINE))
+    result = graph.node("Round", [graph.node("Mul", [fine, coarse], f"{name}.unrounded")], f"{name}.average")
+    scale = graph.constant(f"{name}.output_unit", np.ldexp(np.float32(1), output.exponent))
+    return graph.node("Mul", [result, scale], f"{name}.float")
 
 
 def rounded(graph: QdqGraph, name: str, values: str, exponent: int) -> str:

@@ -265,7 +265,17 @@ def _constant(graph: QdqGraph, step: Step, operator: IntegerConstant) -> None:
 
 def _expand(graph: QdqGraph, step: Step, operator: IntegerExpand) -> None:
     name = step.name
-    batch = graph.node("Shape", [codes_name(step.inputs[1])], f"{name}.image_shape", end=1)
+    if step.inputs[0] == step.inputs[1]:
+        # The codes count the batch already: 1 leaves it as it is.
+        _moved(graph, step, "Expand", [_integers(graph, f"{name}.sizes", (1, *operator.shape[1:]))])
+        return
+    if graph.runtime == openvino.NAME:
+        raise ValueError(
+            f"export.runtime=openvino: {name} repeats a parameter for each image, and OpenVINO computes convolutions wrong "
+            "in models that read the batch's size (measured with 2026.4); choose export.runtime=onnxruntime"
+        )
+    every = graph.node("Shape", ["images"], f"{name}.image_shape")
+    batch = graph.node("Gather", [every, _integers(graph, f"{name}.first", [0])], f"{name}.batch")
     sizes = _integers(graph, f"{name}.sizes", operator.shape[1:])
     shape = graph.node("Concat", [batch, sizes], f"{name}.shape", axis=0)
     _moved(graph, step, "Expand", [shape])

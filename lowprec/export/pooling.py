@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from lowprec.export import openvino
-from lowprec.export.qdq import QdqGraph, values_name
+from lowprec.export.qdq import QdqGraph, codes_name, values_name
 from lowprec.integer.model import Step
 from lowprec.integer.operators import Grid, IntegerAveragePool, IntegerBilinear, IntegerMaxPool
 from lowprec.numerics.fixed_point import divide_round_half_even
@@ -33,8 +33,7 @@ def write_max_pool(graph: QdqGraph, step: Step, pool: IntegerMaxPool) -> None:
 def write_average_pool(graph: QdqGraph, step: Step, pool: IntegerAveragePool) -> None:
     """Pooling where the kernel's arithmetic gives all averages right, else sums and a division."""
     if pool.kernel_size is not None:
-        _write_windows(graph, step, pool)
-        graph.quantize(step.name, f"{step.name}.float", pool.output)
+        graph.quantize(step.name, _write_windows(graph, step, pool), pool.output)
         return
     name, values, shape = step.name, values_name(step.inputs[0]), graph.shapes[step.inputs[0]]
     size = prod(shape[axis] for axis in pool.axes)
@@ -46,14 +45,16 @@ def write_average_pool(graph: QdqGraph, step: Step, pool: IntegerAveragePool) ->
             graph.node("Flatten", [values_name(pooled)], f"{name}.float", name, axis=1)
             graph.quantize(name, f"{name}.float", pool.output)
         return
+    if graph.runtime == openvino.NAME:
+        _write_rows(graph, step, pool, size)
+        return
     # ReduceMean takes its axes as an input or as an attribute, as the operator set has it; a sum is the same in all.
     axes = _integers(graph, f"{name}.axes", list(pool.axes))
     total = graph.node("ReduceSum", [values, axes], f"{name}.sum", keepdims=int(pool.keep_axes))
-    graph.node("Div", [total, graph.constant(f"{name}.size", np.float32(size))], f"{name}.float", name)
-    graph.quantize(name, f"{name}.float", pool.output)
+    graph.quantize(name, _divided(graph, step, total, np.array(size), pool), pool.output)
 
 
-def _write_windows(graph: QdqGraph, step: Step, pool: IntegerAveragePool) -> None:
+def _write_windows(graph: QdqGraph, step: Step, pool: IntegerAveragePool) -> str:
     assert pool.kernel_size is not None
     pooled = step.name
     values, padding = values_name(step.inputs[0]), pool.padding + _end_padding(graph, step, pool, (1, 1))
@@ -63,7 +64,7 @@ def _write_windows(graph: QdqGraph, step: Step, pool: IntegerAveragePool) -> Non
         counted = pool.count_include_pad and not pool.ceil_mode
         if graph.runtime == openvino.NAME and counted and any(padding) and pool.input.signed:
             values, padding = openvino.zero_padded(graph, step.inputs[0], padding), (0, 0, 0, 0)
-        graph.node(
+        return graph.node(
             "AveragePool",
             [values],
             f"{pooled}.float",
@@ -73,11 +74,35 @@ def _write_windows(graph: QdqGraph, step: Step, pool: IntegerAveragePool) -> Non
             pads=padding,
             count_include_pad=int(counted),
         )
-        return
     channels = graph.shapes[step.inputs[0]][1]
     ones = graph.constant(f"{pooled}.ones", np.ones((channels, 1, *pool.kernel_size), np.float32))
     total = graph.node("Conv", [values, ones], f"{pooled}.sum", group=channels, strides=pool.stride, pads=padding)
-    graph.node("Div", [total, graph.constant(f"{pooled}.sizes", sizes.astype(np.float32))], f"{pooled}.float", pooled)
+    return _divided(graph, step, total, sizes, pool)
+
+
+def _write_rows(graph: QdqGraph, step: Step, pool: IntegerAveragePool, size: int) -> None:
+    """For OpenVINO: as an average over images."""
+    name, rows = step.name, f"{step.name}.rows"
+    values = openvino.as_rows(graph, step.inputs[0], pool.axes)
+    if multiplying_is_dividing(size, pool.input, pool.output):
+        averages = graph.node("GlobalAveragePool", [values], f"{name}.float", name)
+    else:
+        axes = _integers(graph, f"{name}.axes", [2, 3])
+        total = graph.node("ReduceSum", [values, axes], f"{name}.sum", keepdims=1)
+        averages = _divided(graph, step, total, np.array(size), pool)
+    graph.quantize(rows, averages, pool.output, dequantize=False)
+    final = _integers(graph, f"{name}.shape", [-1, *graph.shapes[name][1:]])
+    graph.node("Reshape", [codes_name(rows), final], codes_name(name))
+    graph.dequantize(name, pool.output)
+
+
+def _divided(graph: QdqGraph, step: Step, total: str, sizes: np.ndarray, pool: IntegerAveragePool) -> str:
+    """Sums by the sizes of their windows, rounded right for every sum; sizes: one, or of the shape of the sums."""
+    name = step.name
+    if graph.runtime == openvino.NAME:
+        return openvino.divided(graph, name, total, sizes, pool.input, pool.output)
+    divisor = graph.constant(f"{name}.sizes", sizes.astype(np.float32))
+    return graph.node("Div", [total, divisor], f"{name}.float", name)
 
 
 def _window_sizes(graph: QdqGraph, step: Step, pool: IntegerAveragePool) -> np.ndarray:

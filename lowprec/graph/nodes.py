@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import torch
@@ -50,6 +51,21 @@ def step_name(node: fx.Node) -> str:
         return str(node.target)
     path = module_path(node)
     return f"{path}.{node.name}" if path else node.name
+
+
+def step_names(graph: fx.Graph) -> dict[fx.Node, str]:
+    """Names of all nodes' steps, each of them once: a module may be called twice, or be called as a function's node is."""
+    modules = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    names: dict[fx.Node, str] = {}
+    taken: set[str] = set()
+    for node in graph.nodes:
+        name = step_name(node)
+        # A module's name is kept for its own first call.
+        if name in taken or (node.op != "call_module" and name in modules):
+            name = next(free for index in count(1) if (free := f"{name}_{index}") not in taken | modules)
+        taken.add(name)
+        names[node] = name
+    return names
 
 
 def module_path(node: fx.Node) -> str:

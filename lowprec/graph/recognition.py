@@ -147,8 +147,7 @@ def _mean(node: fx.Node) -> Operation | None:
     axes = (axes,) if is_number(axes) else axes
     if not isinstance(axes, list | tuple) or not all(is_number(axis) and axis != 0 for axis in axes):
         return None
-    # Of an image: axes counted from the end are those counted from the front.
-    axes = (2, 3) if sorted(axes) in ([-2, -1], [2, 3]) else tuple(axes)
+    axes = (2, 3) if sorted(axes) == [2, 3] else tuple(axes)
     keep = bool(argument(node, 2, "keepdim", False))
     return Operation("average_pool", node, [node.all_input_nodes[0]], options={"keep_axes": keep, "axes": axes})
 

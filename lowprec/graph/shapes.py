@@ -9,18 +9,28 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 
+from lowprec.graph.nodes import step_name
+
 # Two sizes of the batch: what differs between them depends on it.
 BATCHES = (2, 3)
+
+
+class ShapeError(ValueError):
+    """A model computes for one size of the batch alone; the message names the operation."""
 
 
 class Shapes(fx.Interpreter):
     """Runs a graph on the meta device for two sizes of the batch; ``results`` holds every node's result, for both.
 
     model: computes in full precision (see :func:`lowprec.prepare.full_precision`).
+
+    Raises:
+        ShapeError: an operation fails for one of the two sizes.
     """
 
     def __init__(self, model: fx.GraphModule, image_shape: tuple[int, int, int]) -> None:
         super().__init__(copy.deepcopy(model).to("meta").eval())
+        self.extra_traceback = False  # errors name the operation themselves
         names = {node.name: node for node in model.graph.nodes}
         self.results: list[dict[fx.Node, Any]] = []
         for batch in BATCHES:
@@ -32,7 +42,10 @@ class Shapes(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Keeps the node's result, tensors as their shapes."""
-        result = super().run_node(n)
+        try:
+            result = super().run_node(n)
+        except (RuntimeError, IndexError, ValueError) as error:
+            raise ShapeError(f"{step_name(n)} does not take any size of the batch: {error}") from error
         self.found[self.names[n.name]] = tree_map(lambda leaf: leaf.shape if isinstance(leaf, Tensor) else leaf, result)
         return result
 

@@ -12,9 +12,9 @@ from torch import Tensor, fx, nn
 
 from lowprec import __version__
 from lowprec.graph.movement import is_movement
-from lowprec.graph.nodes import constant_nodes, number_nodes, pair, step_name, tensors_of
+from lowprec.graph.nodes import constant_nodes, number_nodes, pair, step_names, tensors_of
 from lowprec.graph.recognition import is_nothing
-from lowprec.graph.shapes import Shapes
+from lowprec.graph.shapes import ShapeError, Shapes
 from lowprec.integer.convert_movement import convert_movement
 from lowprec.integer.model import IntegerModel, Step
 from lowprec.integer.operators import (
@@ -98,18 +98,21 @@ class _Converter:
 
     def steps(self) -> list[Step]:
         """All steps of the integer model, in order."""
+        names = step_names(self.qmodel.graph)
         for node in self.qmodel.graph.nodes:
             if node.op not in ("call_module", "call_function", "call_method") or node in self.numbers | self.constants:
                 continue
-            name = step_name(node)
+            name = names[node]
             try:
                 self._convert(node, name)
+            except ShapeError as error:
+                raise ConversionError(f"layer {error}") from error
             except ValueError as error:
                 raise ConversionError(f"layer {name}: {error}") from error
         return self.made
 
     def _convert(self, node: fx.Node, name: str) -> None:
-        module = self.qmodel.get_submodule(name) if node.op == "call_module" else None
+        module = self.qmodel.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, ActivationQuantizer) and node.all_input_nodes[0].op != "placeholder":
             self._add(node, name, (), self._constant(node.all_input_nodes[0], module))
             return
@@ -120,16 +123,31 @@ class _Converter:
             self._move(node, module, name, inputs[0])
         else:
             assert module is not None
-            self._add(node, name, inputs, _operator(module, [self.grids[used] for used in inputs]))
+            operator = _operator(module, [self.grids[used] for used in inputs])
+            if isinstance(operator, IntegerAveragePool) and operator.axes != (2, 3):
+                operator.axes = self._averaged_axes(node, operator.axes)
+            self._add(node, name, inputs, operator)
+
+    def _averaged_axes(self, node: fx.Node, axes: tuple[int, ...]) -> tuple[int, ...]:
+        """The axes of an average, counted from the front."""
+        shape = self.shapes.shape(node.all_input_nodes[0])
+        counted = tuple(sorted(axis % len(shape) for axis in axes))
+        if any(shape[axis] == -1 for axis in counted):
+            raise ValueError("an average over the images of a batch has no integer form")
+        return counted
 
     def _move(self, node: fx.Node, module: nn.Module | None, name: str, source: str) -> None:
         movements = convert_movement(node, module, self.grids[source], self.shapes)
         self.names[node] = source
         for part, operator in movements or []:
             part_name = f"{name}.{part}" if part else name
-            # The batch that a constant is repeated for is that of the images.
-            batch = (self.made[0].name,) if isinstance(operator, IntegerExpand) else ()
+            batch = (self._batch_of(node),) if isinstance(operator, IntegerExpand) else ()
             self._add(node, part_name, (self.names[node], *batch), operator)
+
+    def _batch_of(self, node: fx.Node) -> str:
+        """The step whose batch an expanded tensor has: its own, or for a constant that of the images."""
+        source = node.all_input_nodes[0]
+        return self.names[source] if self.shapes.shape(source)[0] == -1 else self.made[0].name
 
     def _constant(self, node: fx.Node, quantizer: ActivationQuantizer) -> IntegerConstant:
         """The codes of a tensor that depends on parameters alone."""

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from lowprec.graph.movement import is_window_reverse
 from lowprec.graph.nodes import argument, pair
-from lowprec.graph.shapes import Shapes
+from lowprec.graph.shapes import BATCHES, Shapes
 from lowprec.integer.operators import (
     Grid,
     IntegerExpand,
@@ -90,7 +90,8 @@ def _reshape(node: fx.Node, grid: Grid, shapes: Shapes) -> Movements:
 
 def _transpose(node: fx.Node, grid: Grid, shapes: Shapes) -> Movements:
     axes = list(range(len(shapes.shape(node))))
-    first, second = (shapes.number(argument(node, place, f"dim{place - 1}")) for place in (1, 2))
+    named = "axis" if node.target in ("swapaxes", torch.swapaxes) else "dim"
+    first, second = (shapes.number(argument(node, place, f"{named}{place - 1}")) for place in (1, 2))
     axes[first], axes[second] = axes[second], axes[first]
     return [("", IntegerPermute(grid, axes))]
 
@@ -116,7 +117,9 @@ def _interpolate(node: fx.Node, grid: Grid, shapes: Shapes) -> Movements:
 
 def _expand(node: fx.Node, grid: Grid, shapes: Shapes) -> Movements:
     before, after = shapes.shape(node.all_input_nodes[0]), shapes.shape(node)
-    if after.count(-1) != 1 or after[0] != -1:
+    # What does not count the batch yet is repeated for each image, no more and no less often.
+    for_each_image = [found[node][0] for found in shapes.results] == list(BATCHES)
+    if after.count(-1) != 1 or after[0] != -1 or not (before[0] == -1 or for_each_image):
         raise ValueError(
             f"expanding {before} to {after} has no integer form: only the first axis may grow with the batch"
         )
@@ -125,9 +128,11 @@ def _expand(node: fx.Node, grid: Grid, shapes: Shapes) -> Movements:
 
 def _roll(node: fx.Node, grid: Grid, shapes: Shapes) -> Movements:
     shifts, axes = (shapes.number(argument(node, place, name)) for place, name in ((1, "shifts"), (2, "dims")))
-    pairs = zip(axes, shifts, strict=True) if isinstance(axes, list | tuple) else [(axes, shifts)]
-    rank = len(shapes.shape(node))
-    return [("", IntegerRoll(grid, [(axis % rank, shift) for axis, shift in pairs]))]
+    pairs = list(zip(axes, shifts, strict=True)) if isinstance(axes, list | tuple) else [(axes, shifts)]
+    shape = shapes.shape(node)
+    if axes is None or any(shape[axis] == -1 for axis, _ in pairs):
+        raise ValueError("codes can be rolled along axes of one image alone: give dims, without that of the batch")
+    return [("", IntegerRoll(grid, [(axis % len(shape), shift) for axis, shift in pairs]))]
 
 
 def _window_reverse(node: fx.Node, grid: Grid, shapes: Shapes) -> Movements:
@@ -145,10 +150,12 @@ def _getitem(node: fx.Node, grid: Grid, shapes: Shapes) -> Movements:
     source, index = node.args[0], shapes.number(node.args[1])
     assert isinstance(source, fx.Node)
     if source.target in _SEVERAL:
-        tensor, axis = source.all_input_nodes[0], shapes.number(argument(source, 2, "dim", 0))
-        shape = shapes.shape(tensor)
-        if source.target in ("unbind", torch.unbind):
-            axis = shapes.number(argument(source, 1, "dim", 0))
+        unbound = source.target in ("unbind", torch.unbind)
+        axis = shapes.number(argument(source, 1 if unbound else 2, "dim", 0))
+        shape = shapes.shape(source.all_input_nodes[0])
+        if not isinstance(index, int) or shape[axis] == -1:
+            raise ValueError("only single parts of a tensor can be taken, and none along the batch")
+        if unbound:
             index = index % shape[axis]
             return _part(node, grid, shapes, [(axis % len(shape), index, index + 1, 1)])
         sizes = _part_sizes(source, shape[axis], shapes)

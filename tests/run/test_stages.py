@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import yaml
 from conftest import FinishedRun, compose, start_train
@@ -278,6 +279,59 @@ def test_a_changed_file_does_not_pass_verification(
     captured = capsys.readouterr()
     assert "codes differ" in captured.err
     assert "Traceback" not in captured.err
+
+
+def test_one_changed_number_in_model_onnx_fails_verification_and_is_named(
+    copied_digits_run: Callable[[], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = copied_digits_run()
+    file, name = runs / "digits_smoke" / "model.onnx", "stage2.0.conv1"
+    proto = onnx.load(file)
+    bias = next(tensor for tensor in proto.graph.initializer if tensor.name == f"{name}.bias")
+    array = onnx.numpy_helper.to_array(bias).copy()
+    array[1] += 1 << 12
+    bias.CopyFrom(onnx.numpy_helper.from_array(array, bias.name))
+    onnx.save(proto, file)
+    assert run_to_exit_code(compose("experiment=digits_smoke", f"runs_dir={runs}", "task=verify")) == 1
+    captured = capsys.readouterr()
+    assert f"codes differ; the first in {name} (ONNX Runtime against the integer executor: " in captured.err
+    assert "by up to" in captured.err
+    assert "Traceback" not in captured.err
+    # The table says the same: this tensor and some behind it, in ONNX Runtime alone.
+    rows = [line.split() for line in captured.out.splitlines() if "  ONNX Runtime " in line]
+    assert next(row[0] for row in rows if row[-2] != "0") == name
+    others = [
+        line.split() for line in captured.out.splitlines() if "  fake-quant " in line or "  fast executor " in line
+    ]
+    assert {row[-2] for row in others} == {"0"}
+
+
+@pytest.mark.parametrize("count", [1, 50, 100_000])
+def test_as_many_images_are_verified_as_were_asked_for(count: int, digits_run: FinishedRun) -> None:
+    overrides = ("experiment=digits_smoke", f"runs_dir={digits_run.runs_dir}", "task=verify")
+    verified = run(compose(*overrides, f"verify.images={count}"))
+    whole = digits_run.summary["verify"]
+    images = min(count, whole["images"])
+    assert verified == {
+        "images": images,
+        "compared_codes": whole["compared_codes"] // whole["images"] * images,
+        "mismatched_codes": 0,
+    }
+
+
+def test_a_finished_run_is_exported_for_openvino_and_verified_there(
+    copied_digits_run: Callable[[], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = ("experiment=digits_smoke", f"runs_dir={copied_digits_run()}", "verify.images=60")
+    for export, says in ((["export.runtime=openvino"], "OpenVINO"), ([], "ONNX Runtime")):
+        run(compose(*overrides, *export, "task=export"))
+        capsys.readouterr()
+        # The file says itself what it is for.
+        assert run(compose(*overrides, "task=verify"))["mismatched_codes"] == 0
+        output = capsys.readouterr().out
+        assert f"  {says} " in output
+        assert ("OpenVINO" in output) == (says == "OpenVINO")
+        assert run(compose(*overrides, "task=evaluate"))["onnx"]["top1"] > 0.9
 
 
 def test_differing_codes_fail_the_run_after_its_table_and_summary(

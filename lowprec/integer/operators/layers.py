@@ -103,7 +103,9 @@ class IntegerLayer(IntegerOperator, ABC):
             # In int64, at the finer of the two exponents: :meth:`_check_shortcut` bounds the distance.
             sums = (sums.to(torch.int64) << (exponents - common)) + (shortcut << (self.shortcut.exponent - common))
             exponents = common
-        shifted = shift_round_half_even(sums, self.output.exponent - exponents)
+        # By 16 places to the left all codes but 0 saturate; by more, sums with a shortcut would leave 64 bits.
+        shift = (self.output.exponent - exponents).clamp(min=-16)
+        shifted = shift_round_half_even(sums, shift)
         high = self.output.high if self.six is None else min(self.six, self.output.high)
         return shifted.clamp(self.output.low, high).to(torch.int32)
 
