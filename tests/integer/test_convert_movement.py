@@ -204,3 +204,9 @@ def test_openvino_is_refused_where_a_parameter_is_repeated_for_each_image(tmp_pa
     with pytest.raises(ValueError, match=r"export\.runtime=openvino: expand repeats a parameter for each image"):
         lowprec.export_onnx(imodel, tmp_path / "model.onnx", lowprec.ExportOptions(runtime="openvino"))
     assert not list(tmp_path.iterdir())
+
+
+def test_parameters_are_repeated_in_the_oldest_operator_set_too(tmp_path: Path) -> None:
+    qmodel, imodel = quantize(Net(BODIES["expand a parameter"]).eval(), "w8a8", images(0, 4, SHAPE))
+    lowprec.export_onnx(imodel, tmp_path / "model.onnx", lowprec.ExportOptions(opset=13))
+    assert lowprec.verify(qmodel, imodel, [images(1, 5, SHAPE)], onnx=tmp_path / "model.onnx").equal
