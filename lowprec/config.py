@@ -23,6 +23,7 @@ DATA_SETS = ("fashion_mnist", "digits", "cifar10", "cifar100", "imagenet", "imag
 RUNTIMES = ("onnxruntime", "openvino")
 FORMATS = ("int8", "packed", "qonnx")
 INPUTS = ("float", "uint8", "uint8_nhwc")
+PROCESSORS = ("any", "vnni")
 OPSETS = range(13, 26)
 OPTIMIZERS = ("sgd", "adamw")
 PRECISIONS = ("auto", "32", "bf16")
@@ -163,6 +164,7 @@ class ExportConfig:
 
     format: str = "int8"
     runtime: str = "onnxruntime"
+    processor: str = "any"
     opset: int = 18
     batch_size: Optional[int] = None  # noqa: UP045
     input: str = "float"
@@ -248,6 +250,9 @@ class RunConfig:
         _require_choice("export.runtime", export.runtime, RUNTIMES)
         if export.format != "int8" and export.runtime != "onnxruntime":
             raise ConfigError(f"export.runtime={export.runtime}: export.format={export.format} is for onnxruntime")
+        _require_choice("export.processor", export.processor, PROCESSORS)
+        if export.format == "qonnx" and export.processor != "any":
+            raise ConfigError(f"export.processor={export.processor}: export.format=qonnx is for hardware of your own")
         if export.format == "qonnx" and self.task == "verify":
             raise ConfigError(
                 "export.format=qonnx: the qonnx package executes such files; task=verify takes int8 or packed"

@@ -86,12 +86,3 @@ def copied_digits_run(digits_run: FinishedRun, tmp_path: Path) -> Callable[[], P
         return runs
 
     return copy
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that run OpenVINO in their own process come last.
-
-    A training that came after it in the same process has crashed (OpenVINO 2026.4, torch 2.15).
-    """
-    files = {item.path for item in items if "openvino" in item.nodeid or "test_inference" in item.nodeid}
-    items.sort(key=lambda item: item.path in files)

@@ -40,17 +40,19 @@ def assemble(
             result = write(graph, step)
     for node in graph.nodes:
         node.output[:] = ["logits" if output == result else output for output in node.output]
+    nodes = _needed(graph.nodes)
+    read = {name for node in nodes for name in node.input}
     batch = options.batch_size or "batch"
     channels, height, width = model.image_shape
     image = (height, width, channels) if options.input == "uint8_nhwc" else model.image_shape
     kind = TensorProto.FLOAT if options.input == "float" else TensorProto.UINT8
     shape = graph.shapes[model.steps[-1].name]
     content = helper.make_graph(
-        graph.nodes,
+        nodes,
         "lowprec",
         [helper.make_tensor_value_info("images", kind, [batch, *image])],
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [batch, *shape[1:]])],
-        list(graph.constants.values()),
+        [constant for name, constant in graph.constants.items() if name in read],
     )
     standard = [opset for opset in opsets if not opset.domain]
     proto = helper.make_model(
@@ -61,6 +63,16 @@ def assemble(
     )
     helper.set_model_props(proto, {METADATA: json.dumps(_metadata(model, options))})
     return proto
+
+
+def _needed(nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """The nodes that the logits depend on: runtimes would compute the values of codes that nothing reads."""
+    read, kept = {"logits"}, []
+    for node in reversed(nodes):
+        if read.intersection(node.output):
+            read.update(node.input)
+            kept.append(node)
+    return kept[::-1]
 
 
 def metadata(proto: onnx.ModelProto) -> dict[str, object]:
@@ -102,6 +114,7 @@ def _metadata(model: IntegerModel, options: ExportOptions) -> dict[str, object]:
     return {
         **model.metadata,
         "runtime": options.runtime,
+        "processor": options.processor,
         "input": options.input,
         "normalization": None if options.normalization is None else options.normalization._asdict(),
         "class_names": None if options.class_names is None else list(options.class_names),

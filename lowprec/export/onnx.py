@@ -1,10 +1,10 @@
 """int8 ONNX: QuantizeLinear/DequantizeLinear around each operator, which runtimes turn into integer kernels.
 
 All activations are uint8 (zero point 128 where a tensor can be negative), so that adds find equal types. Weights of ternary
-and 4-bit layers are their effective codes as int8, within ±64: pairs of products fit the saturating int16 sums of
-processors without VNNI. Weights of 8-bit layers are uint8 with zero point 128, which takes another kernel; OpenVINO's are
-two of 7 bits (:mod:`lowprec.export.openvino`). Scales are powers of two, so runtimes that compute in float32 between
-quantize and dequantize are exact as well.
+and 4-bit layers are their effective codes as int8, within ±64: pairs of products fit the saturating int16 sums of processors
+without VNNI. Weights of 8-bit layers are uint8 with zero point 128, which takes another kernel; OpenVINO's are two of 7 bits
+(:mod:`lowprec.export.openvino`); for processors with VNNI they are int8 in both. Scales are powers of two, so runtimes that
+compute in float32 between quantize and dequantize are exact as well.
 """
 
 from __future__ import annotations
@@ -49,6 +49,6 @@ def export_onnx(model: IntegerModel, path: str | Path, options: ExportOptions | 
     norm = next((step.name for step in model.steps if isinstance(step.operator, FloatLayerNorm)), None)
     if norm is not None and options.opset < LAYER_NORM_OPSET:
         raise ValueError(f"export.opset={options.opset}: {norm} is a layer norm; give at least {LAYER_NORM_OPSET}")
-    graph = QdqGraph(model.shapes(), options.runtime)
+    graph = QdqGraph(model.shapes(), options.runtime, saturates=options.processor == "any")
     proto = assemble(model, graph, write_step, [helper.make_opsetid("", options.opset)], options)
     check_and_write(proto, Path(path))

@@ -115,18 +115,18 @@ def _linear(graph: QdqGraph, step: Step, layer: IntegerLinear) -> None:
 
 
 def _weight(graph: QdqGraph, layer: IntegerLayer, depthwise: bool = False) -> tuple[np.ndarray, int]:
-    """Effective codes with their zero point: int8 within ±64, or uint8 for layers of 8 bits."""
+    """Effective codes with their zero point: int8, or where pairs of products might saturate uint8 or two halves."""
     weight = layer.effective.numpy()
     if _is_doubled(graph, layer, depthwise):
         return openvino.halves(weight), 0
-    if layer.bits == 8 and not (graph.runtime == openvino.NAME and depthwise):
+    if layer.bits == 8 and graph.saturates and not (graph.runtime == openvino.NAME and depthwise):
         return (weight + SIGNED_ZERO_POINT).astype(np.uint8), SIGNED_ZERO_POINT
     return weight.astype(np.int8), 0
 
 
 def _is_doubled(graph: QdqGraph, layer: IntegerLayer, depthwise: bool = False) -> bool:
     """Whether 8-bit weights are written as two of 7 bits: depthwise kernels sum no pairs, so nothing saturates there."""
-    return graph.runtime == openvino.NAME and layer.bits == 8 and not depthwise
+    return graph.runtime == openvino.NAME and layer.bits == 8 and graph.saturates and not depthwise
 
 
 def _weight_and_bias(

@@ -48,15 +48,17 @@ def export_packed_onnx(model: IntegerModel, path: str | Path, options: ExportOpt
     options.validate()
     if options.runtime != "onnxruntime":
         raise ValueError(f"export.runtime={options.runtime}: packed weights are for onnxruntime")
-    proto = assemble(model, PackedGraph(model), write_step, [helper.make_opsetid("", OPSET)], options)
+    proto = assemble(
+        model, PackedGraph(model, options.processor == "any"), write_step, [helper.make_opsetid("", OPSET)], options
+    )
     check_and_write(proto, Path(path))
 
 
 class PackedGraph(QdqGraph):
     """A :class:`QdqGraph` whose constants take as few bytes as they can."""
 
-    def __init__(self, model: IntegerModel) -> None:
-        super().__init__(model.shapes())
+    def __init__(self, model: IntegerModel, saturates: bool) -> None:
+        super().__init__(model.shapes(), saturates=saturates)
         self.layers = layers_by_weight(model)
 
     def dequantize_constant(self, name: str, codes: np.ndarray, exponents: np.ndarray, offset: int, axis: int) -> str:

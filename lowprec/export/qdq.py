@@ -36,11 +36,15 @@ class QdqGraph:
     """Nodes and constants, in order.
 
     shapes: of each step's codes for one image. runtime: whose exact form is written, ``onnxruntime`` or ``openvino``.
+    saturates: whether processors are to be expected that add pairs of products in int16.
     """
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]], runtime: str = "onnxruntime") -> None:
+    def __init__(
+        self, shapes: dict[str, tuple[int, ...]], runtime: str = "onnxruntime", saturates: bool = True
+    ) -> None:
         self.shapes = shapes
         self.runtime = runtime
+        self.saturates = saturates
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,11 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from lowprec.data.normalization import Normalization
+from lowprec.data.normalization import PIXEL_VALUES, Normalization
 from lowprec.export.assembly import metadata
+from lowprec.export.options import DEFAULT_OPSET
+from lowprec.export.qdq import QdqGraph, values_name
+from lowprec.integer.operators import Grid
 
 # (names of outputs, input array) -> the outputs.
 Compiled = Callable[[Sequence[str], np.ndarray], list[np.ndarray]]
@@ -32,7 +36,8 @@ class ExportedModel:
     written for. outputs: names of tensors that become outputs beside the logits (which may change what a runtime fuses).
 
     Raises:
-        FileNotFoundError: there is no such file. ValueError: an unknown runtime. RuntimeMissingError: it is not installed.
+        FileNotFoundError: there is no such file. ValueError: an unknown runtime, or a file for processors with VNNI on one
+            without. RuntimeMissingError: it is not installed.
     """
 
     def __init__(self, path: str | Path, runtime: str | None = None, outputs: Sequence[str] = ()) -> None:
@@ -50,6 +55,11 @@ class ExportedModel:
         self.input = str(known.get("input", "float"))
         normalization: Any = known.get("normalization")
         self.normalization = Normalization(**normalization) if normalization else None
+        if known.get("processor") == "vnni" and saturates(self.runtime):
+            raise ValueError(
+                f"{path} is for processors with VNNI (export.processor=vnni), and {RUNTIME_NAMES[self.runtime]} saturates on "
+                "this one: export with export.processor=any"
+            )
         self.batch_size = proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value or None
         self._run = compile_model(proto.SerializeToString(), self.runtime)
 
@@ -90,6 +100,33 @@ def compile_model(model: bytes, runtime: str) -> Compiled:
     raise ValueError(f"runtime={runtime!r}: choose one of {', '.join(RUNTIME_NAMES)}")
 
 
+@functools.cache
+def saturates(runtime: str) -> bool:
+    """Whether this processor's kernels of a runtime add pairs of products in int16, found out by a sum that does not fit."""
+    channels = 64
+    graph = QdqGraph({})
+    graph.quantize("input", "images", Grid(0, 0, PIXEL_VALUES - 1))
+    codes = np.full((channels, channels, 1, 1), 127, np.int8)
+    weight = graph.dequantize_constant("weight", codes, np.full(channels, -14), 0, 0)
+    graph.node("Conv", [values_name("input"), weight], "sums")
+    graph.quantize("output", "sums", Grid(0, 0, PIXEL_VALUES - 1))
+    shape = [1, channels, 8, 8]
+    content = onnx.helper.make_graph(
+        graph.nodes,
+        "saturation",
+        [onnx.helper.make_tensor_value_info("images", onnx.TensorProto.FLOAT, shape)],
+        [onnx.helper.make_tensor_value_info(values_name("output"), onnx.TensorProto.FLOAT, shape)],
+        list(graph.constants.values()),
+    )
+    opset = onnx.helper.make_opsetid("", DEFAULT_OPSET)
+    proto = onnx.helper.make_model(
+        content, opset_imports=[opset], ir_version=onnx.helper.find_min_ir_version_for([opset])
+    )
+    run = compile_model(proto.SerializeToString(), runtime)
+    (output,) = run([values_name("output")], np.full(shape, PIXEL_VALUES - 1, np.float32))
+    return bool((output != round(channels * (PIXEL_VALUES - 1) * 127 / 2**14)).any())
+
+
 def onnx_session(model: str | Path | bytes) -> onnxruntime.InferenceSession:
     """A session for a path or a serialized model, with ONNX Runtime's default optimizations."""
     options = onnxruntime.SessionOptions()
@@ -98,14 +135,24 @@ def onnx_session(model: str | Path | bytes) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def _openvino(model: bytes) -> Compiled:
+@functools.cache
+def openvino_core() -> Any:
+    """The process's one Core, never freed.
+
+    OpenVINO's CPU plugin gives the calling thread an alternate signal stack and, when it is freed, unmaps that without
+    taking it back (2026.4): the next signal, a Ctrl-C for one, is then a segmentation fault.
+    """
     try:
         import openvino
     except ImportError as error:
         raise RuntimeMissingError(
             'OpenVINO is not installed: pip install "lowprec[openvino]", or verify with runtime=onnxruntime'
         ) from error
-    core = openvino.Core()
+    return openvino.Core()
+
+
+def _openvino(model: bytes) -> Compiled:
+    core = openvino_core()
     # The default may round 32-bit sums to bfloat16; integer kernels are the same with both.
     compiled = core.compile_model(core.read_model(model, b""), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 

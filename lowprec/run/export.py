@@ -29,6 +29,7 @@ def export_options(config: RunConfig, data: DataModule) -> ExportOptions:
         )
     return ExportOptions(
         runtime=export.runtime,
+        processor=export.processor,
         opset=export.opset,
         batch_size=export.batch_size,
         input=export.input,

@@ -108,6 +108,7 @@ def test_metadata_tells_what_the_file_is(models: tuple[fx.GraphModule, IntegerMo
     ("change", "message"),
     [
         ({"runtime": "tensorrt"}, r"export\.runtime='tensorrt': choose one of onnxruntime, openvino"),
+        ({"processor": "riscv"}, r"export\.processor='riscv': choose one of any, vnni"),
         ({"opset": 12}, r"export\.opset=12: give one of 13 to 25"),
         ({"batch_size": 0}, r"export\.batch_size=0"),
         ({"input": "bgr"}, r"export\.input='bgr'"),

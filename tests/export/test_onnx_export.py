@@ -8,7 +8,6 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-import timm
 import torch
 from networks import awkward, images, quantize, random_network, random_recipe
 from onnx import numpy_helper
@@ -28,21 +27,22 @@ from lowprec.integer.operators import (
     IntegerMaxPool,
     IntegerOperator,
 )
+from lowprec.models import create_model
 from lowprec.models.cifar_resnet import CifarResNet
 
 INTEGER_KERNELS = {
-    "QLinearConv",
-    "QLinearAdd",
-    "QLinearAveragePool",
-    "QLinearGlobalAveragePool",
-    "QGemm",
-    "NhwcMaxPool",
-    "MaxPool",
-    "Transpose",
-    "Flatten",
-    "Reshape",
-    "Clip",
+    *("QLinearConv", "QLinearAdd", "QLinearMul", "QLinearConcat", "QGemm"),
+    *("QLinearAveragePool", "QLinearGlobalAveragePool", "NhwcMaxPool"),
 }
+# These move or compare whatever they are given: codes or floats.
+MOVEMENTS = {"MaxPool", "Transpose", "Flatten", "Reshape", "Clip", "Split", "Resize", "Cast", "Gather"}
+RELU_FAMILIES = (
+    *("resnet18", "resnet50d", "resnext50_32x4d", "wide_resnet50_2", "mobilenetv2_100", "mnasnet_100", "repvgg_a0"),
+    *("efficientnet_lite0", "regnetx_008", "vgg11_bn", "densenet121", "inception_v3", "dla34", "hrnet_w18_small"),
+    *("torchvision:googlenet", "torchvision:shufflenet_v2_x1_0"),
+)
+# Their sigmoids and hard-sigmoids are looked up.
+GATED_FAMILIES = ("regnety_008", "ghostnet_100")
 
 
 def optimized(file: Path) -> onnx.ModelProto:
@@ -55,18 +55,16 @@ def optimized(file: Path) -> onnx.ModelProto:
 
 
 def assert_integer_kernels(proto: onnx.ModelProto) -> None:
-    kinds = [node.op_type for node in proto.graph.node]
-    assert kinds.count("QuantizeLinear") == 1
-    assert [node.input[0] for node in proto.graph.node if node.op_type == "QuantizeLinear"] == ["images"]
-    # At most one, and it gives the logits.
-    dequantized = [list(node.output) for node in proto.graph.node if node.op_type == "DequantizeLinear"]
-    assert dequantized in ([], [["logits"]])
-    assert set(kinds) - {"QuantizeLinear", "DequantizeLinear"} <= INTEGER_KERNELS
-    # MaxPool and Clip exist for floats as well: nothing between the operators may be one.
-    types = {value.name: value.type.tensor_type.elem_type for value in proto.graph.value_info}
     for node in proto.graph.node:
-        if node.op_type in ("MaxPool", "Clip"):
-            assert types.get(node.output[0], onnx.TensorProto.UINT8) == onnx.TensorProto.UINT8
+        if node.op_type == "QuantizeLinear":
+            assert node.input[0] == "images"
+        elif node.op_type == "DequantizeLinear":
+            assert list(node.output) == ["logits"]
+        elif node.op_type in MOVEMENTS:
+            data = node.input[1] if node.op_type == "Gather" else node.input[0]
+            assert data != "images", node.name
+        else:
+            assert node.op_type in INTEGER_KERNELS, node.name
 
 
 @pytest.mark.parametrize("recipe", ["w2a8_n4", "w4a8_n4", "w8a8"])
@@ -77,10 +75,13 @@ def test_optimized_graph_holds_integer_kernels_alone(recipe: str, tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet18", "resnet50d", "efficientnet_lite0"])
-def test_optimized_graph_of_timm_models_holds_integer_kernels_alone(name: str, tmp_path: Path) -> None:
-    model = awkward(timm.create_model(name, num_classes=7), seed=0, dead_channels=False)
-    lowprec.export_onnx(quantize(model, "w2a8_n4", images(0, 2, (3, 32, 32)))[1], tmp_path / "model.onnx")
+@pytest.mark.parametrize("name", [*RELU_FAMILIES, *GATED_FAMILIES])
+def test_optimized_graph_of_families_holds_integer_kernels_alone(name: str, tmp_path: Path) -> None:
+    arguments = {"aux_logits": False, "init_weights": False} if "googlenet" in name else {}
+    model = create_model(name if ":" in name else f"timm:{name}", num_classes=7, **arguments)
+    side = {"inception_v3": 75, "vgg11_bn": 224}.get(name, 32)
+    _, imodel = quantize(awkward(model.eval(), 0, dead_channels=False), "w2a8_n4", images(0, 2, (3, side, side)))
+    lowprec.export_onnx(imodel, tmp_path / "model.onnx")
     assert_integer_kernels(optimized(tmp_path / "model.onnx"))
 
 
