@@ -6,9 +6,6 @@ imports no torch, so that a mistyped key stops a run at once.
 
 from __future__ import annotations
 
-import difflib
-import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Optional
@@ -16,7 +13,7 @@ from typing import Any, Optional
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from lowprec.recipe import Recipe, RecipeError
+from lowprec.recipe import Recipe
 
 TASKS = ("train", "evaluate", "verify", "export", "cost")
 DATA_SETS = ("fashion_mnist", "digits", "cifar10", "cifar100", "imagenet", "image_folder")
@@ -205,93 +202,9 @@ class RunConfig:
 
     def validate(self) -> None:
         """Raises ConfigError for the first value that no run can have."""
-        _require_choice("task", self.task, TASKS)
-        _require_choice("data.name", self.data.name, DATA_SETS)
-        if self.run_id is not None and (not re.fullmatch(r"[\w][\w.,+-]*", self.run_id) or self.run_id == "baselines"):
-            raise ConfigError(f"run_id={self.run_id!r}: give a folder name of letters, digits and . , + _ -")
-        _require("seed", self.seed, 0 <= self.seed < 2**32, "a whole number from 0 to 2^32 - 1")
-        self._validate_data()
-        self._validate_training()
-        self._validate_export()
-        _require_choice("logger.mode", self.logger.mode, WANDB_MODES)
-        try:
-            self.recipe  # noqa: B018 - building it is the check
-        except RecipeError as error:
-            raise ConfigError(str(error)) from error
+        from lowprec.config.checks import check
 
-    def _validate_data(self) -> None:
-        data = self.data
-        _require("data.validation_share", data.validation_share, 0 < data.validation_share < 1, "a share in (0, 1)")
-        for key, value in (
-            ("model.name", self.model.name),
-            ("data.batch_size", data.batch_size),
-            ("data.eval_batch_size", data.eval_batch_size),
-            ("data.in_channels", data.in_channels),
-            ("calibration.images", self.calibration.images),
-        ):
-            _require(key, value, bool(value) and (isinstance(value, str) or value > 0), "at least 1")
-        for key, optional in (
-            ("data.num_classes", data.num_classes),
-            ("data.image_size", data.image_size),
-            ("data.limit_train", data.limit_train),
-            ("data.limit_test", data.limit_test),
-        ):
-            _require(key, optional, optional is None or optional > 0, "at least 1, or null")
-        _require("data.padding", data.padding, data.padding is None or data.padding >= 0, "0 or more, or null")
-        needs_root = data.name == "image_folder" and self.task != "cost"
-        _require(
-            "data.root", data.root, data.root is not None or not needs_root, "the folder that holds train/ and val/"
-        )
-        _require("data.num_workers", data.num_workers, data.num_workers >= 0, "0 or more")
-
-    def _validate_export(self) -> None:
-        export, images = self.export, self.verify.images
-        _require_choice("export.format", export.format, FORMATS)
-        _require_choice("export.runtime", export.runtime, RUNTIMES)
-        if export.format != "int8" and export.runtime != "onnxruntime":
-            raise ConfigError(f"export.runtime={export.runtime}: export.format={export.format} is for onnxruntime")
-        _require_choice("export.processor", export.processor, PROCESSORS)
-        if export.format == "qonnx" and export.processor != "any":
-            raise ConfigError(f"export.processor={export.processor}: export.format=qonnx is for hardware of your own")
-        if export.format == "qonnx" and self.task == "verify":
-            raise ConfigError(
-                "export.format=qonnx: the qonnx package executes such files; task=verify takes int8 or packed"
-            )
-        _require_choice("export.input", export.input, INPUTS)
-        _require("export.opset", export.opset, export.opset in OPSETS, f"{OPSETS.start} to {OPSETS.stop - 1}")
-        batch = export.batch_size
-        _require("export.batch_size", batch, batch is None or batch > 0, "at least 1, or null for any")
-        _require("verify.images", images, images is None or images > 0, "at least 1, or null for all")
-
-    def _validate_training(self) -> None:
-        trainer, distillation = self.trainer, self.trainer.distillation
-        _require("trainer.max_epochs", trainer.max_epochs, trainer.max_epochs >= 0, "0 or more")
-        _require("baseline.max_epochs", self.baseline.max_epochs, self.baseline.max_epochs >= 1, "at least 1")
-        for key, smoothing in (("trainer", trainer.label_smoothing), ("baseline", self.baseline.label_smoothing)):
-            _require(f"{key}.label_smoothing", smoothing, 0 <= smoothing < 1, "a share in [0, 1)")
-        weight, temperature = distillation.weight, distillation.temperature
-        _require("trainer.distillation.weight", weight, 0 <= weight <= 1, "a share in [0, 1]; 0 turns it off")
-        _require("trainer.distillation.temperature", temperature, temperature > 0, "above 0")
-        clip = trainer.gradient_clip
-        _require("trainer.gradient_clip", clip, clip is None or clip > 0, "a norm above 0, or null")
-        threads = trainer.threads
-        _require("trainer.threads", threads, threads is None or threads > 0, "at least 1, or null for all cores")
-        _require_choice("trainer.precision", trainer.precision, PRECISIONS)
-        _require_choice("trainer.accelerator", trainer.accelerator, ACCELERATORS)
-        _require_choice("trainer.progress", trainer.progress, PROGRESS)
-        for prefix, optim, epochs in (
-            ("optim", self.optim, trainer.max_epochs),
-            ("baseline.optim", self.baseline.optim, self.baseline.max_epochs),
-        ):
-            _require_choice(f"{prefix}.name", optim.name, OPTIMIZERS)
-            _require(f"{prefix}.learning_rate", optim.learning_rate, optim.learning_rate > 0, "above 0")
-            _require(f"{prefix}.weight_decay", optim.weight_decay, optim.weight_decay >= 0, "0 or more")
-            _require(f"{prefix}.momentum", optim.momentum, 0 <= optim.momentum < 1, "in [0, 1)")
-            in_range = len(optim.betas) == 2 and all(0 <= beta < 1 for beta in optim.betas)
-            _require(f"{prefix}.betas", optim.betas, in_range, "two numbers in [0, 1)")
-            # Without fine-tuning the optimizer is idle, so any warm-up length will do.
-            warmup_fits = optim.warmup_epochs >= 0 and (epochs == 0 or optim.warmup_epochs < epochs)
-            _require(f"{prefix}.warmup_epochs", optim.warmup_epochs, warmup_fits, f"in [0, {epochs}), its epochs")
+        check(self)
 
 
 def schema_keys() -> list[str]:
@@ -309,22 +222,6 @@ def _keys_of(kind: type, prefix: str = "") -> Iterator[str]:
         value = getattr(defaults, item.name)
         if is_dataclass(value):
             yield from _keys_of(type(value), f"{prefix}{item.name}.")
-
-
-def _require(key: str, value: object, condition: bool, expected: str) -> None:
-    endless = isinstance(value, float) and not math.isfinite(value)
-    if not condition or endless:
-        raise ConfigError(f"{key}={value}: expected {expected}")
-
-
-def _require_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{key}={value}: choose one of {', '.join(choices)}{_did_you_mean(value, choices)}")
-
-
-def _did_you_mean(value: str, choices: tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 ConfigStore.instance().store(name="run_schema", node=RunConfig)
