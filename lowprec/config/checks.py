@@ -9,6 +9,7 @@ import re
 from lowprec.config.schema import (
     ACCELERATORS,
     DATA_SETS,
+    DEBUG_MODES,
     FORMATS,
     INPUTS,
     OPSETS,
@@ -37,6 +38,7 @@ def check(config: RunConfig) -> None:
     _check_data(config)
     _check_training(config)
     _check_export(config)
+    _check_slurm(config)
     _require_choice("logger.mode", config.logger.mode, WANDB_MODES)
     try:
         config.recipe  # noqa: B018 - building it is the check
@@ -88,6 +90,14 @@ def _check_export(config: RunConfig) -> None:
     _require("verify.images", images, images is None or images > 0, "at least 1, or null for all")
 
 
+def _check_slurm(config: RunConfig) -> None:
+    slurm = config.slurm
+    form = re.fullmatch(r"(\d+-)?\d{1,2}:\d{2}:\d{2}", slurm.time)
+    _require("slurm.time", slurm.time, form is not None, "HH:MM:SS or D-HH:MM:SS (in quotes)")
+    for key, least in (("cpus_per_task", 1), ("signal_seconds", 1), ("requeues", 0)):
+        _require(f"slurm.{key}", getattr(slurm, key), getattr(slurm, key) >= least, f"at least {least}")
+
+
 def _check_training(config: RunConfig) -> None:
     trainer, distillation = config.trainer, config.trainer.distillation
     _require("trainer.max_epochs", trainer.max_epochs, trainer.max_epochs >= 0, "0 or more")
@@ -97,6 +107,12 @@ def _check_training(config: RunConfig) -> None:
     weight, temperature = distillation.weight, distillation.temperature
     _require("trainer.distillation.weight", weight, 0 <= weight <= 1, "a share in [0, 1]; 0 turns it off")
     _require("trainer.distillation.temperature", temperature, temperature > 0, "above 0")
+    for key in ("nodes", "devices", "accumulate_grad_batches"):
+        _require(f"trainer.{key}", getattr(trainer, key), getattr(trainer, key) >= 1, "at least 1")
+    minutes = trainer.checkpoint_minutes
+    _require("trainer.checkpoint_minutes", minutes, minutes is None or minutes >= 0, "0 or more, or null")
+    if trainer.debug is not None:
+        _require_choice("trainer.debug", trainer.debug, DEBUG_MODES)
     clip = trainer.gradient_clip
     _require("trainer.gradient_clip", clip, clip is None or clip > 0, "a norm above 0, or null")
     threads = trainer.threads

@@ -15,7 +15,7 @@ from omegaconf import MISSING
 
 from lowprec.recipe import Recipe
 
-TASKS = ("train", "evaluate", "verify", "export", "cost")
+TASKS = ("train", "evaluate", "verify", "export", "cost", "sbatch")
 DATA_SETS = ("fashion_mnist", "digits", "cifar10", "cifar100", "imagenet", "image_folder")
 RUNTIMES = ("onnxruntime", "openvino")
 FORMATS = ("int8", "packed", "qonnx")
@@ -25,6 +25,7 @@ OPSETS = range(13, 26)
 OPTIMIZERS = ("sgd", "adamw")
 PRECISIONS = ("auto", "32", "bf16")
 ACCELERATORS = ("auto", "cpu", "gpu")
+DEBUG_MODES = ("one_batch", "overfit", "profile")
 PROGRESS = ("auto", "rich", "plain", "none")
 WANDB_MODES = ("auto", "offline", "online")
 
@@ -39,6 +40,8 @@ INCIDENTAL_KEYS = (
     "data.num_workers",
     "data.eval_batch_size",
     "trainer.progress",
+    "trainer.checkpoint_minutes",
+    "slurm",
     "export",
     "verify",
 )
@@ -125,9 +128,21 @@ class DistillationConfig:
 
 @dataclass
 class TrainerConfig:
-    """How training runs; ``max_epochs`` counts fine-tuning epochs, and 0 leaves it at post-training quantization."""
+    """How training runs; ``max_epochs`` counts fine-tuning epochs, and 0 leaves it at post-training quantization.
+
+    ``nodes`` and ``devices`` (processes on each node): every process trains on ``data.batch_size`` images a step, times
+    ``accumulate_grad_batches``. ``checkpoint_minutes``: last.ckpt is written that often within an epoch; null leaves it at
+    the ends of epochs. ``debug``: one_batch, overfit or profile instead of a training.
+    """
 
     max_epochs: int = 4
+    nodes: int = 1
+    devices: int = 1
+    sync_batchnorm: bool = False
+    accumulate_grad_batches: int = 1
+    compile: bool = False
+    checkpoint_minutes: Optional[float] = 10.0  # noqa: UP045
+    debug: Optional[str] = None  # noqa: UP045
     label_smoothing: float = 0.0
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     gradient_clip: Optional[float] = None  # noqa: UP045
@@ -175,6 +190,25 @@ class VerifyConfig:
 
 
 @dataclass
+class SlurmConfig:
+    """A SLURM job: what ``task=sbatch`` prints and ``hydra/launcher=slurm`` asks for. What is null is the cluster's default.
+
+    ``time``: HH:MM:SS or D-HH:MM:SS. ``signal_seconds``: how long before its end the job is told, so that it writes a
+    checkpoint and is requeued. ``requeues``: how often at most. ``setup``: shell commands before the training.
+    """
+
+    partition: Optional[str] = None  # noqa: UP045
+    account: Optional[str] = None  # noqa: UP045
+    constraint: Optional[str] = None  # noqa: UP045
+    time: str = "24:00:00"
+    cpus_per_task: int = 1
+    memory: Optional[str] = None  # noqa: UP045
+    signal_seconds: int = 120
+    requeues: int = 20
+    setup: list[str] = field(default_factory=list)
+
+
+@dataclass
 class RunConfig:
     """Everything that a run depends on. ``quant`` holds a recipe (see :class:`lowprec.Recipe`)."""
 
@@ -194,6 +228,7 @@ class RunConfig:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
     @property
     def recipe(self) -> Recipe:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from onnx import TensorProto, helper
 from lowprec.export.image_input import write_uint8_input
 from lowprec.export.options import ExportOptions
 from lowprec.export.qdq import QdqGraph
+from lowprec.files import whole_file
 from lowprec.integer.model import IntegerModel, Step
 from lowprec.integer.operators import IntegerInput, IntegerLayer
 
@@ -89,12 +89,8 @@ def check_and_write(proto: onnx.ModelProto, path: Path) -> None:
 
 def write_proto(proto: onnx.ModelProto, path: Path) -> None:
     """Writes a model to a temporary name and renames it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(path) as temporary:
         onnx.save(proto, temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def check_model(model: object, function: str) -> None:

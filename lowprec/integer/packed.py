@@ -6,7 +6,6 @@ Everything is data: loading runs no code of the original model and needs none.
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from lowprec.files import whole_file
 from lowprec.integer.model import IntegerModel, Step
 from lowprec.integer.operators import OPERATORS, Grid, IntegerLayer
 from lowprec.numerics.packing import pack_codes, packed_layout, unpack_codes
@@ -57,15 +57,8 @@ def save(model: IntegerModel, path: str | Path) -> None:
     )
     tensors[GRAPH] = torch.frombuffer(bytearray(zlib.compress(text.encode(), 9)), dtype=torch.uint8)
     metadata = {"format": FORMAT, "version": str(VERSION), "checksum": _checksum(tensors)}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(serialize(tensors, metadata))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as temporary:
+        temporary.write_bytes(serialize(tensors, metadata))
 
 
 def load(path: str | Path) -> IntegerModel:

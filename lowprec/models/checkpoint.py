@@ -1,7 +1,6 @@
 """Strict loading of the usual checkpoint files into a full-precision model, and atomic saving."""
 
 import argparse
-import os
 import pickle
 import re
 from collections.abc import Mapping
@@ -12,6 +11,8 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+
+from lowprec.files import whole_file
 
 __all__ = ["CheckpointError", "checkpoint_metadata", "load_checkpoint", "save_checkpoint"]
 
@@ -69,15 +70,8 @@ def save_checkpoint(model: nn.Module, path: str | Path, metadata: Mapping[str, s
         for key, tensor in model.state_dict().items()
     }
     content = safetensors.torch.save(state, metadata=dict(metadata))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def checkpoint_metadata(path: str | Path) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """What ``train.py`` does around a run: refuses a wrong command line at once, and turns expected failures into exit
 codes.
 
-Exit codes: 0 done, 1 the run failed (data, checkpoint, or differing codes), 2 the configuration is wrong, 130 Ctrl-C.
+Exit codes: 0 done, 1 the run failed (data, checkpoint, or differing codes), 2 the configuration is wrong, 130 Ctrl-C, 75
+another signal stopped it, or another process's end: the same command goes on (a job's script requeues it then).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from signal import SIGINT
 from typing import Any
 
 from omegaconf import DictConfig
@@ -19,7 +21,7 @@ from lowprec.report.terminal import create_console
 from lowprec.run.compose import compose_run, run_config
 from lowprec.run.directory import RunDirectory, RunInUseError
 
-FAILED, WRONG_CONFIGURATION, INTERRUPTED = 1, 2, 130
+FAILED, WRONG_CONFIGURATION, INTERRUPTED, TEMPORARY_FAILURE = 1, 2, 130, 75
 # These change what is composed, or take a value that looks like an override: Hydra itself has to read them.
 _HYDRA_FLAGS = (
     "--config-dir",
@@ -76,13 +78,17 @@ def run_to_exit_code(config: RunConfig) -> int:
     from lowprec.models import CheckpointError
     from lowprec.recipe import RecipeError
     from lowprec.run.stages import run
-    from lowprec.training.checkpoints import Interrupted, TrainingDiverged
+    from lowprec.training.checkpoints import CheckpointWriteError, Interrupted, TrainingDiverged
+    from lowprec.training.equality import DesynchronizedError
+    from lowprec.training.processes import PeerError, ProcessGroupError, is_lost_connection, launch
     from lowprec.verify import VerificationError
 
     failures = (
         *(DataError, CheckpointError, PackedFileError, RunInUseError, Timeout),
         *(TracingError, UnsupportedModelError, ConversionError, VerificationError, TrainingDiverged),
+        *(CheckpointWriteError, DesynchronizedError, ProcessGroupError),
     )
+    started = launch()
     try:
         run(config)
     except (ConfigError, RecipeError) as error:
@@ -91,10 +97,24 @@ def run_to_exit_code(config: RunConfig) -> int:
     except failures as error:
         _complain(error)
         return FAILED
-    except (Interrupted, KeyboardInterrupt):
-        command = "the same command without fresh=true" if config.fresh else "the same command"
-        print(f"\nstopped; {command} goes on with the run {config.runs_dir}/{config.run_id}", file=sys.stderr)
-        sys.exit(INTERRUPTED)  # also ends a sweep
+    except PeerError:
+        return FAILED  # the process that failed says why
+    except (Interrupted, KeyboardInterrupt) as stop:
+        if started.rank == 0:
+            command = "the same command without fresh=true" if config.fresh else "the same command"
+            run_path = f"{config.runs_dir}/{config.run_id}"
+            print(f"\n{str(stop) or 'stopped'}; {command} goes on with the run {run_path}", file=sys.stderr)
+        # Leaving the process also ends a sweep.
+        sys.exit(INTERRUPTED if getattr(stop, "number", SIGINT) == SIGINT else TEMPORARY_FAILURE)
+    except RuntimeError as error:
+        if started.size == 1 or not is_lost_connection(error):
+            raise
+        print(
+            f"error: process {started.rank}: another process of the training has ended; the checkpoint before "
+            "it is kept, and the same command goes on",
+            file=sys.stderr,
+        )
+        return TEMPORARY_FAILURE
     return 0
 
 

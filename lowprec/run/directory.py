@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,6 +12,7 @@ from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from lowprec.config import INCIDENTAL_KEYS, ConfigError, RunConfig
+from lowprec.files import whole_file
 
 
 class RunInUseError(RuntimeError):
@@ -24,6 +24,8 @@ class RunDirectory:
 
     ``run.json`` keeps what finished stages found out (accuracies, seconds) and the git commit, so that a run that was
     cut off goes on after its last finished stage; ``summary.json`` is written last and marks the run as finished.
+    Of several processes of a training only the main one writes; ``writes`` is false in the others, which keep what they
+    record in memory.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -38,6 +40,8 @@ class RunDirectory:
         self.onnx_file = self.path / "model.onnx"
         self.summary_file = self.path / "summary.json"
         self.state: dict[str, Any] = {}
+        self.writes = True
+        self._held_lock: FileLock | None = None
 
     @property
     def finished(self) -> bool:
@@ -47,9 +51,9 @@ class RunDirectory:
     def started(self) -> bool:
         return self.config_file.is_file()
 
-    def open(self) -> None:
+    def open(self) -> dict[str, Any]:
         """Makes the folder for a new run, or reads how far the run in it has come; no other process may work on it
-        then.
+        then. Returns that state.
 
         Raises:
             ConfigError: the folder holds a run with another configuration; the first differing key is named.
@@ -69,6 +73,7 @@ class RunDirectory:
         self.state = {"git": git_commit(), "attempt": attempt, "results": {}, "seconds": {}}
         self.state.update(_read_json(self.state_file))
         self._write_state()
+        return self.state
 
     def _lock(self) -> None:
         # The system gives the lock back when its process dies, however it dies.
@@ -87,7 +92,8 @@ class RunDirectory:
 
     def close(self) -> None:
         """Lets other processes work on the run."""
-        self._held_lock.release()
+        if self._held_lock is not None:
+            self._held_lock.release()
 
     def stored_config(self) -> RunConfig:
         """The configuration that the run in the folder was started with.
@@ -130,7 +136,8 @@ class RunDirectory:
         self._write_state()
 
     def _write_state(self) -> None:
-        write_text(self.state_file, json.dumps(self.state, indent=2) + "\n")
+        if self.writes:
+            write_text(self.state_file, json.dumps(self.state, indent=2) + "\n")
 
     def check_configuration(self) -> None:
         """Raises ConfigError when the run in the folder was started with another configuration; names the first key."""
@@ -151,9 +158,8 @@ def to_yaml(config: RunConfig) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a whole file or nothing of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        temporary.write_text(text)
 
 
 def git_commit() -> dict[str, Any]:

@@ -18,6 +18,8 @@ from torch import nn
 
 from lowprec.config import ConfigError, RunConfig
 from lowprec.models import CheckpointError, create_model, load_checkpoint, save_checkpoint
+from lowprec.recipe import Recipe
+from lowprec.training import processes
 from lowprec.training.fit import fit
 from lowprec.training.module import Classification
 
@@ -78,6 +80,12 @@ def baseline_file(config: RunConfig) -> Path:
     for incidental in ("root", "num_workers", "eval_batch_size", "limit_test"):
         del data[incidental]
     trainer = {key: getattr(config.trainer, key) for key in ("precision", "accelerator", "channels_last")}
+    # Left out while they are as they were when there was one process alone: baselines of then are still found.
+    for key, default in (("nodes", 1), ("devices", 1), ("sync_batchnorm", False), ("accumulate_grad_batches", 1)):
+        if getattr(config.trainer, key) != default:
+            trainer[key] = getattr(config.trainer, key)
+    if config.trainer.debug is not None:
+        trainer["debug"] = config.trainer.debug
     settings = {
         "model": {"name": config.model.name, "arguments": config.model.arguments},
         "data": data,
@@ -90,29 +98,52 @@ def baseline_file(config: RunConfig) -> Path:
     return Path(config.runs_dir) / "baselines" / f"{name}.safetensors"
 
 
+def training_identity(config: RunConfig, recipe: Recipe | None = None) -> dict[str, Any]:
+    """What a training's checkpoints belong to; recipe: of a fake-quant model."""
+    trainer = config.trainer
+    return {
+        "model": f"{config.model.name} {config.model.arguments}",
+        "data": config.data.name,
+        "recipe": "none" if recipe is None else json.dumps(recipe.to_dict(), sort_keys=True),
+        "seed": config.seed,
+        "processes": trainer.nodes * trainer.devices,
+        "batch size": config.data.batch_size * trainer.accumulate_grad_batches,
+    }
+
+
 def _baseline(config: RunConfig, data: Any, console: Console) -> Path:
     path = baseline_file(config)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Runs that start at the same time train it once: the others wait here, and then find it.
-    with FileLock(path.with_suffix(".lock")):
-        if path.is_file():
+    lock = FileLock(path.with_suffix(".lock"))
+
+    def found() -> bool:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Runs that start at the same time train it once: the others wait here, and then find it.
+        lock.acquire()
+        return path.is_file()
+
+    try:
+        if processes.on_main(found):
             console.print(f"full-precision baseline: {path}")
         else:
             console.print(f"full-precision baseline: none yet, training one ({config.baseline.max_epochs} epochs)")
             _train_baseline(config, data, console, path)
+    finally:
+        lock.release()
     return path
 
 
 def _train_baseline(config: RunConfig, data: Any, console: Console, path: Path) -> None:
     # Its checkpoints lie beside it while it trains, so that whichever run comes next goes on with it.
     folder = path.with_suffix("")
-    folder.mkdir(exist_ok=True)
+    processes.on_main(lambda: folder.mkdir(exist_ok=True))
     model = build_model(config, num_classes=data.num_classes)
     module = Classification(
         model,
         config.baseline.optim,
         label_smoothing=config.baseline.label_smoothing,
         channels_last=config.trainer.channels_last,
+        compiled=config.trainer.compile,
+        identity=training_identity(config),
     )
     best_epoch = fit(
         module,
@@ -123,5 +154,9 @@ def _train_baseline(config: RunConfig, data: Any, console: Console, path: Path) 
         title="full precision",
         console=console,
     )
-    save_checkpoint(model, path, {"epoch": str(best_epoch), "seed": str(config.seed)})
-    shutil.rmtree(folder)
+
+    def keep() -> None:
+        save_checkpoint(model, path, {"epoch": str(best_epoch), "seed": str(config.seed)})
+        shutil.rmtree(folder)
+
+    processes.on_main(keep)

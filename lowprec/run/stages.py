@@ -37,13 +37,14 @@ from lowprec.report.terminal import create_console
 from lowprec.run.data import evaluation_images, run_data
 from lowprec.run.directory import RunDirectory, write_text
 from lowprec.run.export import export_file, export_options
-from lowprec.run.full_precision import build_model, full_precision_model
+from lowprec.run.full_precision import build_model, full_precision_model, training_identity
+from lowprec.training import processes
 from lowprec.training.codes import CodeStatistics
 from lowprec.training.evaluation import Predictor, top1
 from lowprec.training.fit import fit
 from lowprec.training.loggers import close_loggers, create_loggers, log_summary
 from lowprec.training.module import Classification
-from lowprec.training.precision import choose_device
+from lowprec.training.precision import choose_accelerator, choose_device
 from lowprec.verify import VerificationError, verify
 
 
@@ -102,25 +103,41 @@ def run(config: RunConfig) -> Summary:
 
 
 def train(config: RunConfig, console: Console) -> Summary:
-    """From the full-precision model to a verified integer one."""
+    """From the full-precision model to a verified integer one.
+
+    Several processes train together; the integer model is made and proven by the main one alone, and the others return an
+    empty summary.
+    """
+    started = processes.launch()
+    processes.check_launch(started, config.trainer.nodes, config.trainer.devices)
     directory = RunDirectory(config)
-    directory.open()
+    directory.writes = started.rank == 0
+    console = console if directory.writes else Console(quiet=True)
+    loggers: list[Logger] = []
     try:
-        if directory.finished:
-            return directory.summary()
-        console.print(f"run {directory.path}")
-        # The sums of a GPU or of several threads are done in a fixed order, so that the same seed gives the same
-        # figures.
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        current = Run(config, directory, run_data(config), console, choose_device(config.trainer.accelerator))
-        content = {**_plain(config), "git": directory.state["git"]}
-        loggers = create_loggers(config.logger, directory.path, directory.unique_name, content)
-        try:
-            summary = _all_stages(current, loggers)
-            log_summary(loggers, summary, directory.summary_file)
-        finally:
-            close_loggers(loggers)
+        with processes.joined(started, choose_accelerator(config.trainer.accelerator) == "gpu"):
+            directory.state = processes.on_main(directory.open)
+            if processes.on_main(lambda: directory.finished):
+                return directory.summary()
+            console.print(f"run {directory.path}")
+            # The sums of a GPU or of several threads are done in a fixed order, so that the same seed gives the same
+            # figures.
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            current = Run(config, directory, run_data(config), console, choose_device(config.trainer.accelerator))
+            processes.on_main(lambda: check_quantizable(current))
+            content = {**_plain(config), "git": directory.state["git"]}
+            processes.on_main(
+                lambda: loggers.extend(create_loggers(config.logger, directory.path, directory.unique_name, content))
+            )
+            qmodel = _trained(current, loggers)
+        if not directory.writes:
+            return {}
+        imodel = ship(current, qmodel)
+        prove(current, qmodel, imodel)
+        summary = summarize(current)
+        log_summary(loggers, summary, directory.summary_file)
     finally:
+        close_loggers(loggers)
         directory.close()
     fault = directory.result("verification")
     if fault:
@@ -128,15 +145,13 @@ def train(config: RunConfig, console: Console) -> Summary:
     return summary
 
 
-def _all_stages(current: Run, loggers: list[Logger]) -> Summary:
-    check_quantizable(current)
+def _trained(current: Run, loggers: list[Logger]) -> fx.GraphModule:
+    """The fake-quant model, fine-tuned; the same in all processes."""
     full_precision = full_precision_model(current.config, current.data, current.console)
     current.measure("full_precision", full_precision, current.device)
     qmodel = quantize(current, full_precision)
     fine_tune(current, qmodel, full_precision, loggers)
-    imodel = ship(current, qmodel)
-    prove(current, qmodel, imodel)
-    return summarize(current)
+    return qmodel
 
 
 def check_quantizable(current: Run) -> None:
@@ -163,19 +178,23 @@ def quantize(current: Run, full_precision: nn.Module) -> fx.GraphModule:
     directory = current.directory
     with current.stage("prepare", "prepare: weights to codes and scales"):
         qmodel = prepare(full_precision.cpu(), current.config.recipe, current.example_images())
-    if directory.post_training_file.is_file():
-        load_checkpoint(qmodel, directory.post_training_file)
-    else:
-        with current.stage(
-            "calibrate", f"calibrate: exponents and batch norm on {current.config.calibration.images} images"
-        ):
-            batches = current.data.calibration_batches(current.config.calibration.images)
-            qmodel.to(current.device)
-            calibrate(qmodel, [batch.to(current.device) for batch in batches])
-        save_checkpoint(qmodel, directory.post_training_file, {"recipe": current.config.recipe.name})
+    # By one process, on images drawn from the whole training split; the others read what it found.
+    processes.on_main(lambda: _calibrated(current, qmodel))
+    load_checkpoint(qmodel, directory.post_training_file)
     current.measure("post_training", qmodel, current.device)
     directory.record("cost", cost_summary(cost(qmodel.cpu(), current.example_images())))
     return qmodel
+
+
+def _calibrated(current: Run, qmodel: fx.GraphModule) -> None:
+    file, count = current.directory.post_training_file, current.config.calibration.images
+    if file.is_file():
+        return
+    with current.stage("calibrate", f"calibrate: exponents and batch norm on {count} images"):
+        batches = current.data.calibration_batches(count)
+        qmodel.to(current.device)
+        calibrate(qmodel, [batch.to(current.device) for batch in batches])
+    save_checkpoint(qmodel, file, {"recipe": current.config.recipe.name})
 
 
 def fine_tune(current: Run, qmodel: fx.GraphModule, teacher: nn.Module, loggers: list[Logger]) -> None:
@@ -190,6 +209,8 @@ def fine_tune(current: Run, qmodel: fx.GraphModule, teacher: nn.Module, loggers:
         teacher=teacher,
         distillation=config.trainer.distillation,
         channels_last=config.trainer.channels_last,
+        compiled=config.trainer.compile,
+        identity=training_identity(config, config.recipe),
     )
     with current.stage("fine_tune", f"fine-tune: {plural(config.trainer.max_epochs, 'epoch')}"):
         fit(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from lowprec.training import processes
 from lowprec.training.precision import float32_evaluation
 
 Predictor = Callable[[Tensor], Tensor]
@@ -32,6 +33,8 @@ def top1(predict: Predictor, batches: Iterable[tuple[Tensor, Tensor]], device: t
             logits = predict(images.to(device))
             correct += int((logits.argmax(dim=1).cpu() == labels).sum())
             total += len(labels)
-    if total == 0:
+    # The loaders of several processes share the images.
+    all_correct, images_in_all = processes.total(correct, total)
+    if images_in_all == 0:
         raise ValueError("no images to measure accuracy on")
-    return correct / total
+    return all_correct / images_in_all

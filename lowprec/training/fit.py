@@ -10,17 +10,23 @@ from typing import Any
 
 import lightning.pytorch as lightning
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy
 from rich.console import Console
 
 from lowprec.config import TrainerConfig
 from lowprec.models import load_checkpoint
-from lowprec.training.checkpoints import BEST, LAST, BestAndLast
+from lowprec.training import processes
+from lowprec.training.batch_norm import synchronize_batch_norms
+from lowprec.training.checkpoints import BEST, LAST, BestAndLast, DurableCheckpoints
+from lowprec.training.equality import EqualModels
 from lowprec.training.module import Classification
 from lowprec.training.precision import choose_accelerator, choose_precision
 from lowprec.training.progress import progress_callbacks
-from lowprec.training.resume import ResumedData
+from lowprec.training.resume import ResumedData, batches_done
 
 # Each says what is so on purpose here, and none what a user could act on.
 _IRRELEVANT_WARNINGS = (
@@ -31,6 +37,13 @@ _IRRELEVANT_WARNINGS = (
     ".*does not have a deterministic implementation.*",
     ".*LeafSpec.*",
 )
+# What Lightning is told in each debug mode.
+_DEBUG: dict[str | None, dict[str, Any]] = {
+    None: {},
+    "one_batch": {"max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 1},
+    "overfit": {"overfit_batches": 1},
+    "profile": {"max_epochs": 1, "limit_train_batches": 12, "limit_val_batches": 1},
+}
 
 
 def fit(
@@ -47,29 +60,35 @@ def fit(
 ) -> int:
     """Trains ``module.model`` in place for ``max_epochs`` in all, and loads its best weights by validation accuracy.
 
+    In all processes of a training, which end with the same weights.
+
     Args:
         data: a data module. folder: where ``best.safetensors`` and ``last.ckpt`` are kept and found again.
-        settings: precision, accelerator and gradient clipping. title: stands before each line of progress.
+        settings: precision, accelerator, processes, gradient clipping and accumulation. title: stands before each line of
+        progress.
 
     Returns:
         The epoch, from 1, that the best weights come from.
 
     Raises:
-        Interrupted: the user pressed Ctrl-C; ``last.ckpt`` holds the state after the last whole step.
+        Interrupted: a signal came; ``last.ckpt`` holds the state after the last whole step. CheckpointError: ``last.ckpt`` is
+        damaged or another training's. CheckpointWriteError: a full disk. DesynchronizedError: the processes differ.
     """
     _quiet_lightning()
-    checkpoints = BestAndLast(folder)
+    checkpoints = BestAndLast(folder, settings.checkpoint_minutes)
     accelerator = choose_accelerator(settings.accelerator)
     progress = progress_callbacks(settings.progress, title, console)
+    if settings.sync_batchnorm:
+        synchronize_batch_norms(module)
     trainer = lightning.Trainer(
-        max_epochs=max_epochs,
-        accelerator=accelerator,
-        devices=1,
+        **{"max_epochs": max_epochs, **_DEBUG[settings.debug]},
+        **_processes(accelerator),
         precision=choose_precision(settings.precision, accelerator),
         gradient_clip_val=settings.gradient_clip,
+        accumulate_grad_batches=settings.accumulate_grad_batches,
         # A warning, not an error: a few CUDA kernels have no deterministic form.
         deterministic="warn",
-        callbacks=[*callbacks, *progress, checkpoints],
+        callbacks=[*callbacks, *progress, EqualModels(), checkpoints],
         logger=list(loggers) or False,
         enable_checkpointing=True,
         enable_model_summary=False,
@@ -78,17 +97,39 @@ def fit(
         default_root_dir=folder,
     )
     last = folder / LAST
+    done = processes.on_main(lambda: batches_done(last, module.identity) if last.is_file() else None)
+    if processes.rank():
+        # Each process draws its own dropout masks; the main one's are those of a training on its own.
+        seed_everything(torch.initial_seed() + processes.rank(), workers=True, verbose=False)
     module.train()  # Lightning keeps the mode it finds
     with checkpoints.listening(), warnings.catch_warnings():
         for message in _IRRELEVANT_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
-        if last.is_file():
-            trainer.fit(module, ResumedData(data, last), ckpt_path=str(last), weights_only=True)
-        else:
+        if done is None:
             trainer.fit(module, data)
+        else:
+            trainer.fit(module, ResumedData(data, done), ckpt_path=str(last), weights_only=True)
     module.model.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     load_checkpoint(module.model, folder / BEST)
     return checkpoints.best_epoch + 1
+
+
+def _processes(accelerator: str) -> dict[str, Any]:
+    """Lightning's arguments for the processes that were started; it starts none itself."""
+    started = processes.launch()
+    arguments: dict[str, Any] = {
+        "accelerator": accelerator,
+        "plugins": [DurableCheckpoints()],
+        # The loaders give each process its share already.
+        "use_distributed_sampler": False,
+    }
+    if processes.size() == 1:
+        # Named, because Lightning would take a SLURM job's only process for one of several, and requeue its job.
+        return {**arguments, "devices": 1, "plugins": [DurableCheckpoints(), LightningEnvironment()]}
+    # Each process keeps its own batch statistics, which are averaged before validation; all else is equal by computation.
+    strategy = DDPStrategy(cluster_environment=started.environment, broadcast_buffers=False)
+    nodes = started.size // started.local_size
+    return {**arguments, "devices": started.local_size, "num_nodes": nodes, "strategy": strategy}
 
 
 def _quiet_lightning() -> None:

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lowprec.config import DistillationConfig, OptimConfig
+from lowprec.training import processes
 from lowprec.training.distillation import training_loss
 from lowprec.training.optimizer import create_optimizer, create_schedule
 from lowprec.training.precision import float32_evaluation
+from lowprec.training.resume import IDENTITY
 
 Batch = tuple[Tensor, Tensor]
 
@@ -35,30 +37,45 @@ class Classification(lightning.LightningModule):
         teacher: nn.Module | None = None,
         distillation: DistillationConfig | None = None,
         channels_last: bool = True,
+        compiled: bool = False,
+        identity: dict[str, Any] | None = None,
     ) -> None:
+        """identity: what this training is, kept in its checkpoints. compiled: training goes through torch.compile;
+        validation does not, so that it computes exactly what is shipped.
+        """
         super().__init__()
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.model = model.to(memory_format=self.memory_format)
         self.optim = optim
         self.label_smoothing = label_smoothing
         self.distillation = distillation or DistillationConfig()
-        self._random_state: dict[str, Any] = {}
+        self.identity = identity or {}
+        self._own_state: dict[str, Any] = {}
+        # Loss, correct ones and images: sums of this process's share.
+        self._validation = torch.zeros(3, dtype=torch.float64)
+        # In a tuple for the same reason as the teacher below.
+        self._compiled = (torch.compile(self.model),) if compiled else ()
         # In a tuple, so that it is no submodule: the teacher is neither trained nor saved in checkpoints.
         self._teacher = (teacher,) if teacher is not None and self.distillation.weight > 0 else ()
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, classes] of float images [B, C, H, W]."""
-        logits: Tensor = self.model(images.contiguous(memory_format=self.memory_format))
+        model = self._compiled[0] if self._compiled and self.training else self.model
+        logits: Tensor = model(images.contiguous(memory_format=self.memory_format))
         return logits
 
     def on_fit_start(self) -> None:
-        if self._random_state:
-            torch.set_rng_state(self._random_state["torch"])
-            random.setstate(_as_tuples(self._random_state["python"]))
-            np.random.set_state(("MT19937", *self._random_state["numpy"]))  # noqa: NPY002
+        if self._own_state:
+            self._restore_random(self._own_state)
         for teacher in self._teacher:
             teacher.to(self.device, memory_format=self.memory_format)  # type: ignore[call-overload]
             teacher.eval().requires_grad_(False)
+
+    def on_train_start(self) -> None:
+        # Here, because DDP hands the main process's buffers to all before.
+        buffers = dict(self.model.named_buffers())
+        for name, statistic in self._own_state.get("statistics", {}).items():
+            buffers[name].copy_(statistic)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         images, labels = batch
@@ -76,18 +93,26 @@ class Classification(lightning.LightningModule):
             temperature=self.distillation.temperature,
         )
         top1 = (logits.detach().argmax(dim=1) == labels).float().mean()
-        self.log("train/loss", loss.detach(), on_step=False, on_epoch=True, batch_size=len(labels))
-        self.log("train/top1", top1, on_step=False, on_epoch=True, batch_size=len(labels))
+        self.log("train/loss", loss.detach(), on_step=False, on_epoch=True, batch_size=len(labels), sync_dist=True)
+        self.log("train/top1", top1, on_step=False, on_epoch=True, batch_size=len(labels), sync_dist=True)
         return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self._validation = torch.zeros(3, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         images, labels = batch
         with float32_evaluation(self.device):
             logits = self(images)
-            loss = nn.functional.cross_entropy(logits, labels)
-        top1 = (logits.argmax(dim=1) == labels).float().mean()
-        self.log("val/loss", loss, batch_size=len(labels), sync_dist=True)
-        self.log("val/top1", top1, batch_size=len(labels), sync_dist=True)
+            loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+        correct = (logits.argmax(dim=1) == labels).sum()
+        self._validation += torch.stack([loss, correct, torch.full_like(loss, len(labels))])
+
+    def on_validation_epoch_end(self) -> None:
+        # Sums over all processes, not means of means: their shares of the images need not be equal.
+        loss, correct, images = processes.total(*self._validation.tolist())
+        self.log("val/loss", loss / max(1, images))
+        self.log("val/top1", correct / max(1, images))
 
     def configure_optimizers(self) -> Any:
         optimizer = create_optimizer(self.model, self.optim)
@@ -98,16 +123,39 @@ class Classification(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[IDENTITY] = self.identity
+        # Called in all processes: each has random numbers and, within an epoch, batch statistics of its own.
+        checkpoint["own_states"] = processes.gathered(self._state())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._own_state = checkpoint["own_states"][processes.rank()]
+
+    def _state(self) -> dict[str, Any]:
         # Dropout and random transforms draw from these: a resumed run goes on with the same numbers.
         _, keys, *position = np.random.get_state(legacy=True)  # noqa: NPY002 - transforms use the global state
-        checkpoint["random_state"] = {
+        state = {
             "torch": torch.get_rng_state(),
             "python": random.getstate(),
             "numpy": (keys.tolist(), *position),  # type: ignore[union-attr]
         }
+        if self.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.device)
+        if processes.size() > 1:
+            state["statistics"] = {
+                name: buffer.cpu() for name, buffer in self.model.named_buffers() if _is_statistic(name)
+            }
+        return state
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._random_state = checkpoint.get("random_state", {})
+    def _restore_random(self, state: dict[str, Any]) -> None:
+        torch.set_rng_state(state["torch"])
+        random.setstate(_as_tuples(state["python"]))
+        np.random.set_state(("MT19937", *state["numpy"]))  # noqa: NPY002
+        if "cuda" in state and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"], self.device)
+
+
+def _is_statistic(name: str) -> bool:
+    return name.endswith(("running_mean", "running_var"))
 
 
 def _as_tuples(state: Any) -> Any:
