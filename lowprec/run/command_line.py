@@ -8,10 +8,10 @@ another signal stopped it, or another process's end: the same command goes on (a
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from signal import SIGINT
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
@@ -20,6 +20,11 @@ from lowprec.report.summary import summary_table
 from lowprec.report.terminal import create_console
 from lowprec.run.compose import compose_run, run_config
 from lowprec.run.directory import RunDirectory, RunInUseError
+from lowprec.run.launcher import launch_processes, needs_launch
+from lowprec.run.sbatch import batch_script
+
+if TYPE_CHECKING:
+    from lightning.pytorch.callbacks import Callback
 
 FAILED, WRONG_CONFIGURATION, INTERRUPTED, TEMPORARY_FAILURE = 1, 2, 130, 75
 # These change what is composed, or take a value that looks like an override: Hydra itself has to read them.
@@ -36,6 +41,11 @@ _HYDRA_FLAGS = (
 )
 
 
+def complain(error: Exception) -> None:
+    """The one message of an error that a user can act on."""
+    print(f"error: {error}", file=sys.stderr)
+
+
 def check(arguments: list[str], config_folder: Path) -> None:
     """Exits with code 2 and one message when the overrides on the command line describe no run. Imports no torch."""
     if any(argument.split("=")[0] in (*_HYDRA_FLAGS, "--help", "-h", "--hydra-help") for argument in arguments):
@@ -43,29 +53,40 @@ def check(arguments: list[str], config_folder: Path) -> None:
     try:
         compose_run([argument for argument in arguments if not argument.startswith("-")], config_folder)
     except ConfigError as error:
-        _complain(error)
+        complain(error)
         sys.exit(WRONG_CONFIGURATION)
 
 
 def execute(composed: DictConfig, choices: Mapping[str, Any], overrides: Iterable[str]) -> int:
     """Runs a composed configuration; returns the exit code. An error that a user can act on is one message."""
+    overrides = list(overrides)
     try:
         config = run_config(composed, choices, overrides)
+        if config.task == "sbatch":
+            print(batch_script(config, overrides), end="")
+            return 0
+        if needs_launch(config):
+            return launch_processes(config, overrides)
     except ConfigError as error:
-        _complain(error)
+        complain(error)
         return WRONG_CONFIGURATION
     return run_to_exit_code(config)
 
 
-def run_to_exit_code(config: RunConfig) -> int:
-    """Runs a checked configuration; returns the exit code, and leaves the process with 130 at Ctrl-C."""
+def run_to_exit_code(
+    config: RunConfig, callbacks: Sequence[Callback] = (), on_error: Callable[[Exception], None] = complain
+) -> int:
+    """Runs a checked configuration; returns the exit code, and leaves the process with 130 at Ctrl-C.
+
+    ``callbacks`` are Lightning's, for the fine-tuning. ``on_error`` is given each error that a user can act on.
+    """
     try:
         directory = RunDirectory(config)
         # Before torch is imported too: a finished run answers at once.
         if config.task == "train" and directory.finished and not config.fresh:
             return _show_finished(directory)
     except ConfigError as error:
-        _complain(error)
+        on_error(error)
         return WRONG_CONFIGURATION
     # Here, not above: torch takes seconds to import, and a mistake in the configuration should not have to wait for it.
     from filelock import Timeout
@@ -90,12 +111,12 @@ def run_to_exit_code(config: RunConfig) -> int:
     )
     started = launch()
     try:
-        run(config)
+        run(config, callbacks)
     except (ConfigError, RecipeError) as error:
-        _complain(error)
+        on_error(error)
         return WRONG_CONFIGURATION
     except failures as error:
-        _complain(error)
+        on_error(error)
         return FAILED
     except PeerError:
         return FAILED  # the process that failed says why
@@ -125,7 +146,3 @@ def _show_finished(directory: RunDirectory) -> int:
     console.print(summary_table(summary))
     console.print(f"the run {directory.path} is finished; fresh=true starts it afresh, run_id=NAME makes another one")
     return FAILED if summary["verify"]["mismatched_codes"] else 0
-
-
-def _complain(error: Exception) -> None:
-    print(f"error: {error}", file=sys.stderr)

@@ -36,6 +36,7 @@ _IRRELEVANT_WARNINGS = (
     ".*lr_scheduler.step\\(\\).*",
     ".*does not have a deterministic implementation.*",
     ".*LeafSpec.*",
+    ".*sync_dist=True.*",
 )
 # What Lightning is told in each debug mode.
 _DEBUG: dict[str | None, dict[str, Any]] = {
