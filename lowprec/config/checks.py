@@ -11,9 +11,11 @@ from lowprec.config.schema import (
     DATA_SETS,
     DEBUG_MODES,
     FORMATS,
+    HEADS,
     INPUTS,
     OPSETS,
     OPTIMIZERS,
+    PHOTOGRAPHS,
     PRECISIONS,
     PROCESSORS,
     PROGRESS,
@@ -30,6 +32,7 @@ def check(config: RunConfig) -> None:
     """Raises ConfigError for the first value that no run can have."""
     _require_choice("task", config.task, TASKS)
     _require_choice("data.name", config.data.name, DATA_SETS)
+    _require_choice("model.head", config.model.head, HEADS)
     if config.run_id is not None and (
         not re.fullmatch(r"[\w][\w.,+-]*", config.run_id) or config.run_id == "baselines"
     ):
@@ -65,9 +68,18 @@ def _check_data(config: RunConfig) -> None:
     ):
         _require(key, optional, optional is None or optional > 0, "at least 1, or null")
     _require("data.padding", data.padding, data.padding is None or data.padding >= 0, "0 or more, or null")
-    needs_root = data.name == "image_folder" and config.task != "cost"
+    needs_root = data.name in ("image_folder", "shards") and config.task != "cost"
     _require("data.root", data.root, data.root is not None or not needs_root, "the folder that holds train/ and val/")
-    _require("data.num_workers", data.num_workers, data.num_workers >= 0, "0 or more")
+    workers = data.num_workers
+    _require("data.num_workers", workers, workers is None or workers >= 0, "0 or more, or null for the data set's default")
+    _require("data.random_erasing", data.random_erasing, 0 <= data.random_erasing <= 1, "a probability")
+    _require("data.max_corrupted", data.max_corrupted, data.max_corrupted >= 0, "0 or more")
+    for key in ("auto_augment", "random_erasing"):
+        value = getattr(data, key)
+        if value and data.name not in PHOTOGRAPHS:
+            raise ConfigError(f"data.{key}={value}: this is for photographs ({', '.join(PHOTOGRAPHS)}), not {data.name}")
+        if value and not data.augment:
+            raise ConfigError(f"data.{key}={value}: data.augment=false leaves training images as they are")
 
 
 def _check_export(config: RunConfig) -> None:
@@ -92,10 +104,11 @@ def _check_export(config: RunConfig) -> None:
 
 def _check_slurm(config: RunConfig) -> None:
     slurm = config.slurm
-    form = re.fullmatch(r"(\d+-)?\d{1,2}:\d{2}:\d{2}", slurm.time)
-    _require("slurm.time", slurm.time, form is not None, "HH:MM:SS or D-HH:MM:SS (in quotes)")
-    for key, least in (("cpus_per_task", 1), ("signal_seconds", 1), ("requeues", 0)):
+    for key, least in (("time_minutes", 1), ("cpus_per_task", 1), ("signal_seconds", 1), ("requeues", 0)):
         _require(f"slurm.{key}", getattr(slurm, key), getattr(slurm, key) >= least, f"at least {least}")
+    for key in ("gpus_per_node", "memory_gb"):
+        value = getattr(slurm, key)
+        _require(f"slurm.{key}", value, value is None or value >= 1, "at least 1, or null")
 
 
 def _check_training(config: RunConfig) -> None:
@@ -120,6 +133,8 @@ def _check_training(config: RunConfig) -> None:
     _require_choice("trainer.precision", trainer.precision, PRECISIONS)
     _require_choice("trainer.accelerator", trainer.accelerator, ACCELERATORS)
     _require_choice("trainer.progress", trainer.progress, PROGRESS)
+    _require("trainer.progress_seconds", trainer.progress_seconds, trainer.progress_seconds >= 0, "0 or more")
+    _require("trainer.log_every_steps", trainer.log_every_steps, trainer.log_every_steps >= 1, "at least 1")
     for prefix, optim, epochs in (
         ("optim", config.optim, trainer.max_epochs),
         ("baseline.optim", config.baseline.optim, config.baseline.max_epochs),

@@ -16,7 +16,9 @@ from omegaconf import MISSING
 from lowprec.recipe import Recipe
 
 TASKS = ("train", "evaluate", "verify", "export", "cost", "sbatch")
-DATA_SETS = ("fashion_mnist", "digits", "cifar10", "cifar100", "imagenet", "image_folder")
+PHOTOGRAPHS = ("imagenet", "image_folder", "shards")
+DATA_SETS = ("fashion_mnist", "digits", "cifar10", "cifar100", *PHOTOGRAPHS)
+HEADS = ("strict", "new")
 RUNTIMES = ("onnxruntime", "openvino")
 FORMATS = ("int8", "packed", "qonnx")
 INPUTS = ("float", "uint8", "uint8_nhwc")
@@ -38,8 +40,11 @@ INCIDENTAL_KEYS = (
     "logger",
     "data.root",
     "data.num_workers",
+    "data.max_corrupted",
     "data.eval_batch_size",
     "trainer.progress",
+    "trainer.progress_seconds",
+    "trainer.log_every_steps",
     "trainer.checkpoint_minutes",
     "slurm",
     "export",
@@ -54,11 +59,15 @@ class ConfigError(ValueError):
 # Optional[...] rather than "| None" below: OmegaConf reads these annotations as its schema.
 @dataclass
 class ModelConfig:
-    """The full-precision model. ``checkpoint`` (a path) wins over ``pretrained`` (the name's own published weights)."""
+    """The full-precision model. ``checkpoint`` (a path) wins over ``pretrained`` (the name's own published weights).
+
+    ``head``: ``strict`` asks weights for the data's number of classes; ``new`` loads all but the classifier.
+    """
 
     name: str = MISSING
     pretrained: bool = False
     checkpoint: Optional[str] = None  # noqa: UP045
+    head: str = "strict"
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
@@ -68,7 +77,9 @@ class DataConfig:
 
     ``num_classes``, ``in_channels`` and ``image_size`` (pixels) are stated so that costs are known without the data;
     photographs are scaled to ``image_size``, or else to the size that the model was published with. ``padding``
-    (pixels) is that of the random crop of small images.
+    (pixels) is that of the random crop of small images. The last three are for photographs: a policy of timm by name
+    (``rand-m9-mstd0.5-inc1``), the probability that a rectangle is erased, and how many training images that cannot be
+    decoded are replaced by others before that is an error.
     """
 
     name: str = MISSING
@@ -78,12 +89,15 @@ class DataConfig:
     root: Optional[str] = None  # noqa: UP045
     batch_size: int = 128
     eval_batch_size: int = 500
-    num_workers: int = 0
+    num_workers: Optional[int] = None  # noqa: UP045
     validation_share: float = 0.1
     augment: bool = True
     padding: Optional[int] = None  # noqa: UP045
     limit_train: Optional[int] = None  # noqa: UP045
     limit_test: Optional[int] = None  # noqa: UP045
+    auto_augment: Optional[str] = None  # noqa: UP045
+    random_erasing: float = 0.0
+    max_corrupted: int = 100
 
 
 @dataclass
@@ -132,7 +146,8 @@ class TrainerConfig:
 
     ``nodes`` and ``devices`` (processes on each node): every process trains on ``data.batch_size`` images a step, times
     ``accumulate_grad_batches``. ``checkpoint_minutes``: last.ckpt is written that often within an epoch; null leaves it at
-    the ends of epochs. ``debug``: one_batch, overfit or profile instead of a training.
+    the ends of epochs. ``debug``: one_batch, overfit or profile instead of a training. ``log_every_steps``: optimizer steps
+    between two rows of metrics; ``progress_seconds``: between two lines of progress where there is no terminal.
     """
 
     max_epochs: int = 4
@@ -151,6 +166,8 @@ class TrainerConfig:
     threads: Optional[int] = None  # noqa: UP045
     channels_last: bool = True
     progress: str = "auto"
+    progress_seconds: float = 60.0
+    log_every_steps: int = 50
 
 
 @dataclass
@@ -193,16 +210,17 @@ class VerifyConfig:
 class SlurmConfig:
     """A SLURM job: what ``task=sbatch`` prints and ``hydra/launcher=slurm`` asks for. What is null is the cluster's default.
 
-    ``time``: HH:MM:SS or D-HH:MM:SS. ``signal_seconds``: how long before its end the job is told, so that it writes a
-    checkpoint and is requeued. ``requeues``: how often at most. ``setup``: shell commands before the training.
+    ``signal_seconds``: how long before its end the job is told, so that it writes a checkpoint and is requeued.
+    ``requeues``: how often at most. ``setup``: shell commands before the training.
     """
 
     partition: Optional[str] = None  # noqa: UP045
     account: Optional[str] = None  # noqa: UP045
     constraint: Optional[str] = None  # noqa: UP045
-    time: str = "24:00:00"
+    time_minutes: int = 1440
+    gpus_per_node: Optional[int] = None  # noqa: UP045
     cpus_per_task: int = 1
-    memory: Optional[str] = None  # noqa: UP045
+    memory_gb: Optional[int] = None  # noqa: UP045
     signal_seconds: int = 120
     requeues: int = 20
     setup: list[str] = field(default_factory=list)

@@ -31,7 +31,7 @@ class SumOverProcesses(torch.autograd.Function):
 class SynchronizedBatchNorm2d(nn.BatchNorm2d):
     """Batch norm of [B, C, H, W] whose statistics in training are those of the batches of all processes together.
 
-    mean = Σ n·mean_p / Σ n and variance = Σ n·(variance_p + (mean_p − mean)²) / Σ n over processes p, in float32 (Chan,
+    mean = Σ n·mean_p / Σ n and variance = Σ n·(variance_p + (mean_p − mean)²) / Σ n over processes p, in at least float32 (Chan,
     Golub and LeVeque, 1979). Equal to one process with the whole batch, to float tolerance.
     """
 
@@ -39,7 +39,9 @@ class SynchronizedBatchNorm2d(nn.BatchNorm2d):
         if not self.training or processes.size() == 1:
             return super().forward(input)
         with torch.autocast(input.device.type, enabled=False):
-            return self._normalized(input.float()).to(input.dtype)
+            # Half precision has too few digits for sums; float64 keeps its own.
+            wide = input if input.dtype == torch.float64 else input.float()
+            return self._normalized(wide).to(input.dtype)
 
     def _normalized(self, values: Tensor) -> Tensor:
         axes = [axis for axis in range(values.ndim) if axis != 1]

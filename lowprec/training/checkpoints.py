@@ -48,6 +48,7 @@ class DurableCheckpoints(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
             with whole_file(path) as temporary:
                 torch.save(checkpoint, temporary)
         # torch.save reports a full disk as a RuntimeError of its own.
@@ -76,6 +77,7 @@ class BestAndLast(Checkpoint):
         self.best_top1 = -1.0
         self.best_epoch = -1
         self._signal = 0
+        self._hears = False
         self._step = -1
         self._written = time.monotonic()
 
@@ -95,6 +97,7 @@ class BestAndLast(Checkpoint):
             yield
             return
         previous = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        self._hears = True
         try:
             yield
         except Interrupted as stop:
@@ -103,8 +106,14 @@ class BestAndLast(Checkpoint):
                 handler(stop.number, None)
             raise
         finally:
+            self._hears = False
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        # Lightning has put a handler of its own there, which stops at once, or waits for processes that do not wait for it.
+        for number in SIGNALS if self._hears else ():
+            signal.signal(number, self._on_signal)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
