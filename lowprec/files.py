@@ -25,6 +25,9 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
         # The new name is in the folder, which is synced by itself.
         _sync(path.parent)
+    except OSError as error:
+        # A full disk is reported without the file's name.
+        raise error if error.filename else OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -19,7 +19,7 @@ from lowprec.config import ConfigError, RunConfig
 from lowprec.report.summary import summary_table
 from lowprec.report.terminal import create_console
 from lowprec.run.compose import compose_run, run_config
-from lowprec.run.directory import RunDirectory, RunInUseError
+from lowprec.run.directory import RunDirectory, RunFileError, RunInUseError
 from lowprec.run.launcher import launch_processes, needs_launch
 from lowprec.run.sbatch import batch_script
 
@@ -105,7 +105,7 @@ def run_to_exit_code(
     from lowprec.verify import VerificationError
 
     failures = (
-        *(DataError, CheckpointError, PackedFileError, RunInUseError, Timeout),
+        *(DataError, CheckpointError, PackedFileError, RunInUseError, RunFileError, Timeout),
         *(TracingError, UnsupportedModelError, ConversionError, VerificationError, TrainingDiverged),
         *(CheckpointWriteError, DesynchronizedError, ProcessGroupError),
     )
@@ -113,10 +113,20 @@ def run_to_exit_code(
     try:
         run(config, callbacks)
     except (ConfigError, RecipeError) as error:
-        on_error(error)
+        # All processes find the same mistake; one of them says so.
+        if started.rank == 0:
+            on_error(error)
         return WRONG_CONFIGURATION
     except failures as error:
         on_error(error)
+        return FAILED
+    except OSError as error:
+        if error.filename is None:
+            raise
+        # A full disk, a read-only folder: not a mistake of the program.
+        on_error(
+            RuntimeError(f"{error}. What was saved before is as it was; once that is mended, the same command goes on")
+        )
         return FAILED
     except PeerError:
         return FAILED  # the process that failed says why

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from lowprec.config import ConfigError, RunConfig
+from lowprec.config.schema import PHOTOGRAPHS
 from lowprec.data import DataModule, create_data
 from lowprec.models import create_model, pretrained_data_config
-
-_PHOTOGRAPHS = ("imagenet", "image_folder")
 
 
 def run_data(config: RunConfig) -> DataModule:
@@ -24,8 +23,14 @@ def run_data(config: RunConfig) -> DataModule:
     """
     settings = config.data
     specific: dict[str, Any] = {"padding": settings.padding}
-    if settings.name in _PHOTOGRAPHS:
-        specific = {"data_config": published_data_config(config), "input_size": None}
+    if settings.name in PHOTOGRAPHS:
+        specific = {
+            "data_config": published_data_config(config),
+            "input_size": None,
+            "auto_augment": settings.auto_augment,
+            "random_erasing": settings.random_erasing,
+            "max_corrupted": settings.max_corrupted,
+        }
         if settings.image_size is not None:
             specific["input_size"] = (settings.in_channels, settings.image_size, settings.image_size)
     try:
@@ -46,7 +51,8 @@ def run_data(config: RunConfig) -> DataModule:
         raise ConfigError(f"data: {error}") from error
     for key, found in (("num_classes", data.num_classes), ("in_channels", data.in_channels)):
         if getattr(settings, key) not in (None, found):
-            raise ConfigError(f"data.{key}={getattr(settings, key)}: the data set {settings.name} has {found}")
+            where = f" in {settings.root}" if settings.root is not None else ""
+            raise ConfigError(f"data.{key}={getattr(settings, key)}: the data set {settings.name}{where} has {found}")
     return data
 
 
@@ -61,9 +67,14 @@ def published_data_config(config: RunConfig) -> dict[str, Any]:
 
 
 def evaluation_images(data: DataModule, limit: int | None = None) -> Iterator[Tensor]:
-    """The images of the test split (the first ``limit`` of them), batch by batch: no data set needs to fit into memory."""
-    left = data.sizes["test"] if limit is None else limit
-    for images, _ in data.test_dataloader():
+    """The images of the test split (the first ``limit`` of them), batch by batch: no data set needs to fit into memory.
+
+    Where several processes share the loader, each gets its share of these.
+    """
+    loader = data.test_dataloader()
+    share = list(loader.sampler)
+    left = len(share) if limit is None else sum(index < limit for index in share)
+    for images, _ in loader:
         if left <= 0:
             return
         yield images[:left]

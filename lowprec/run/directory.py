@@ -19,6 +19,10 @@ class RunInUseError(RuntimeError):
     """Another process works on the run."""
 
 
+class RunFileError(RuntimeError):
+    """A file of the run is damaged."""
+
+
 class RunDirectory:
     """Files of one run, all under ``runs_dir/run_id``. Every file is written under another name first, then renamed.
 
@@ -198,7 +202,12 @@ def _leaves(node: Any, prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        content: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise RunFileError(
+            f"{path} is damaged ({error}): delete it, and its results are measured again; checkpoints beside it stay"
+        ) from error
     return content
 
 

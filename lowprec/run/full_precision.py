@@ -18,6 +18,7 @@ from torch import nn
 
 from lowprec.config import ConfigError, RunConfig
 from lowprec.models import CheckpointError, create_model, load_checkpoint, save_checkpoint
+from lowprec.models.checkpoint import check_published_head
 from lowprec.recipe import Recipe
 from lowprec.training import processes
 from lowprec.training.fit import fit
@@ -51,9 +52,10 @@ def full_precision_model(config: RunConfig, data: Any, console: Console) -> nn.M
     seed_everything(config.seed, workers=True, verbose=False)
     if config.model.checkpoint is not None:
         model = build_model(config, num_classes=data.num_classes)
-        load_checkpoint(model, config.model.checkpoint)
+        load_checkpoint(model, config.model.checkpoint, head=config.model.head)
     elif config.model.pretrained:
         model = build_model(config, num_classes=data.num_classes, pretrained=True)
+        check_published_head(model, data.num_classes, head=config.model.head)
     else:
         path = _baseline(config, data, console)
         # Built anew, so that a run goes on from the same tensors whether the baseline was trained just now or found.
@@ -77,8 +79,12 @@ def _check_finite(model: nn.Module, config: RunConfig) -> None:
 def baseline_file(config: RunConfig) -> Path:
     """Where the baseline of these settings is kept; the name's hash covers all settings that its weights depend on."""
     data = asdict(config.data)
-    for incidental in ("root", "num_workers", "eval_batch_size", "limit_test"):
+    for incidental in ("root", "num_workers", "eval_batch_size", "limit_test", "max_corrupted"):
         del data[incidental]
+    # Left out while they are off, as in baselines that were trained before there was a choice.
+    for option in ("auto_augment", "random_erasing"):
+        if not data[option]:
+            del data[option]
     trainer = {key: getattr(config.trainer, key) for key in ("precision", "accelerator", "channels_last")}
     # Left out while they are as they were when there was one process alone: baselines of then are still found.
     for key, default in (("nodes", 1), ("devices", 1), ("sync_batchnorm", False), ("accumulate_grad_batches", 1)):

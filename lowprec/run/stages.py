@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning.pytorch import seed_everything
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -30,7 +31,7 @@ from lowprec.integer.fast import FastModel
 from lowprec.integer.model import IntegerModel
 from lowprec.integer.packed import save
 from lowprec.layers import QuantizedFloatOperator
-from lowprec.models import load_checkpoint, save_checkpoint
+from lowprec.models import checkpoint_metadata, load_checkpoint, save_checkpoint
 from lowprec.prepare import prepare
 from lowprec.report.summary import TOP1_ROWS, Summary, build_summary, cost_summary, plural, summary_table
 from lowprec.report.terminal import create_console
@@ -39,6 +40,7 @@ from lowprec.run.directory import RunDirectory, write_text
 from lowprec.run.export import export_file, export_options
 from lowprec.run.full_precision import build_model, full_precision_model, training_identity
 from lowprec.training import processes
+from lowprec.training.checkpoints import BEST
 from lowprec.training.codes import CodeStatistics
 from lowprec.training.evaluation import Predictor, top1
 from lowprec.training.fit import fit
@@ -57,6 +59,7 @@ class Run:
     data: DataModule
     console: Console
     device: torch.device
+    callbacks: Sequence[Callback] = ()  # more ones of the fine-tuning
 
     @contextmanager
     def stage(self, name: str, says: str) -> Iterator[None]:
@@ -84,7 +87,7 @@ class Run:
         return torch.randn(2, *self.data.input_size, generator=torch.Generator().manual_seed(0))
 
 
-def run(config: RunConfig) -> Summary:
+def run(config: RunConfig, callbacks: Sequence[Callback] = ()) -> Summary:
     """Does ``config.task``; returns the run's summary (of ``task=cost``, the costs).
 
     Raises:
@@ -99,10 +102,10 @@ def run(config: RunConfig) -> Summary:
         from lowprec.run.tasks import TASKS
 
         return TASKS[config.task](config, console)
-    return train(config, console)
+    return train(config, console, callbacks)
 
 
-def train(config: RunConfig, console: Console) -> Summary:
+def train(config: RunConfig, console: Console, callbacks: Sequence[Callback] = ()) -> Summary:
     """From the full-precision model to a verified integer one.
 
     Several processes train together; the integer model is made and proven by the main one alone, and the others return an
@@ -123,7 +126,8 @@ def train(config: RunConfig, console: Console) -> Summary:
             # The sums of a GPU or of several threads are done in a fixed order, so that the same seed gives the same
             # figures.
             torch.use_deterministic_algorithms(True, warn_only=True)
-            current = Run(config, directory, run_data(config), console, choose_device(config.trainer.accelerator))
+            device = choose_device(config.trainer.accelerator)
+            current = Run(config, directory, run_data(config), console, device, callbacks)
             processes.on_main(lambda: check_quantizable(current))
             content = {**_plain(config), "git": directory.state["git"]}
             processes.on_main(
@@ -201,6 +205,8 @@ def fine_tune(current: Run, qmodel: fx.GraphModule, teacher: nn.Module, loggers:
     """Trains the fake-quant model with straight-through gradients, up to its best weights in validation."""
     config, directory = current.config, current.directory
     if config.trainer.max_epochs == 0:
+        if directory.result("validation") is None:
+            directory.record("validation", top1(qmodel, current.data.val_dataloader(), current.device))
         return
     module = Classification(
         qmodel,
@@ -221,9 +227,10 @@ def fine_tune(current: Run, qmodel: fx.GraphModule, teacher: nn.Module, loggers:
             settings=config.trainer,
             title="fine-tuning",
             console=current.console,
-            callbacks=[CodeStatistics()],
+            callbacks=[CodeStatistics(), *current.callbacks],
             loggers=loggers,
         )
+    directory.record("validation", float(checkpoint_metadata(directory.checkpoints / BEST)["validation_top1"]))
     current.measure("fine_tuned", qmodel, current.device)
     qmodel.cpu()
 

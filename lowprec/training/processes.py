@@ -23,6 +23,8 @@ T = TypeVar("T")
 
 # Long enough for whatever one process does while the others wait: a calibration, a baseline that is being trained.
 PATIENCE = timedelta(hours=12)
+# For all processes to start, on nodes that may import torch from a slow file system.
+PATIENCE_TO_MEET = timedelta(minutes=10)
 
 
 class PeerError(RuntimeError):
@@ -89,10 +91,12 @@ def joined(found: Launch, gpu: bool) -> Iterator[None]:
         torch.cuda.set_device(found.local_rank)
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
     try:
-        distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if gpu else "gloo", rank=found.rank, world_size=found.size, timeout=PATIENCE
-        )
+        store, *_ = next(distributed.rendezvous("env://", found.rank, found.size, timeout=PATIENCE_TO_MEET))
+        # The store's own patience is that of meeting: from here on, the group's counts.
+        store.set_timeout(PATIENCE)
+        distributed.init_process_group(backend, store=store, rank=found.rank, world_size=found.size, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise ProcessGroupError(
             f"process {found.rank} of {found.size} cannot join the others at {where}: {_first_line(error)}. Another job may "
