@@ -9,9 +9,11 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from lowprec.run.command_line import check, execute
+from lowprec.run.sweep import run_trial
 
 # How long a thread of torch's waits actively for the others before it sleeps (read when torch is imported). By default
 # so long that small layers take 40 times their time when anything else runs on the machine; with this, 3 times.
@@ -22,10 +24,13 @@ exit_codes: list[int] = []
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
-def start(composed: DictConfig) -> None:
-    """Runs one composed configuration; a sweep (``-m``) comes here once per run."""
+def start(composed: DictConfig) -> int:
+    """Runs one composed configuration; a sweep (``-m``) comes here once per trial, and may do so in other processes."""
     settings = HydraConfig.get()
+    if settings.mode == RunMode.MULTIRUN:
+        return run_trial(composed, settings)
     exit_codes.append(execute(composed, settings.runtime.choices, settings.overrides.task))
+    return exit_codes[-1]
 
 
 if __name__ == "__main__":

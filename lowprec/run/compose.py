@@ -147,7 +147,9 @@ def _first_of_sweep(override: str) -> str:
     (parsed,) = OverridesParser.create().parse_overrides([override])
     if not parsed.is_sweep_override() or parsed.is_hydra_override():
         return override
-    return f"{override.split('=', 1)[0]}={next(parsed.sweep_string_iterator())}"
+    key = override.split("=", 1)[0]
+    # An interval, of a search, has ends but no values that could be counted.
+    return f"{key}={parsed.value().start if parsed.is_interval_sweep() else next(parsed.sweep_string_iterator())}"
 
 
 def _is_incidental(override: str) -> bool:

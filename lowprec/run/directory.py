@@ -145,7 +145,7 @@ class RunDirectory:
 
     def check_configuration(self) -> None:
         """Raises ConfigError when the run in the folder was started with another configuration; names the first key."""
-        stored, composed = _flat_identity(self.stored_config()), _flat_identity(self.config)
+        stored, composed = identity(self.stored_config()), identity(self.config)
         for key in sorted({*stored, *composed}):
             ours, theirs = composed.get(key, "nothing"), stored.get(key, "nothing")
             if ours != theirs:
@@ -182,7 +182,8 @@ def git_commit() -> dict[str, Any]:
     return {"commit": commit, "uncommitted_changes": None if changes is None else bool(changes)}
 
 
-def _flat_identity(config: RunConfig) -> dict[str, Any]:
+def identity(config: RunConfig) -> dict[str, Any]:
+    """The flat keys and values that say what comes out of a run, without those that say where and how it works."""
     content = OmegaConf.to_container(OmegaConf.structured(config))
     flat = dict(_leaves(content))
     return {

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lowprec.config import INCIDENTAL_KEYS, ConfigError, RunConfig
 from lowprec.run.command_line import FAILED, complain
 from lowprec.run.compose import explain, run_config
-from lowprec.run.directory import _flat_identity as identity
+from lowprec.run.directory import identity
 from lowprec.run.sweep import sweep_records, trial_record
 from lowprec.search.settings import SearchSettings
 

@@ -1,15 +1,23 @@
-"""The typed settings of a search, ``hydra.sweeper`` in ``conf/hparams_search``. Imports neither torch nor Optuna."""
+"""The typed settings of sweeps, ``hydra.sweeper``. Imports neither torch nor Optuna."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeperConf
 from hydra.core.config_store import ConfigStore
 
 from lowprec.config import ConfigError
 
 SAMPLERS = ("tpe", "random")
 PRUNERS = ("median", "none")
+
+
+@dataclass
+class GridSettings(BasicSweeperConf):
+    """All combinations of the values on the command line: Hydra's own sweeper, with a table at the end."""
+
+    _target_: str = "hydra_plugins.lowprec_search.GridSweeper"
 
 
 @dataclass
@@ -66,4 +74,5 @@ class SearchSettings:
                 raise ConfigError(f"hydra.sweeper.{key}.name={name}: choose one of {', '.join(choices)}")
 
 
+ConfigStore.instance().store(group="hydra/sweeper", name="grid", node=GridSettings, provider="lowprec")
 ConfigStore.instance().store(group="hydra/sweeper", name="search", node=SearchSettings, provider="lowprec")

@@ -29,14 +29,18 @@ class Space:
         """
         by_key = {override.get_key_element(): override for override in overrides}
         fixed = [override.input_line for override in by_key.values() if not override.is_sweep_override()]
-        distributions = {key: _distribution(override) for key, override in by_key.items() if override.is_sweep_override()}
+        distributions = {
+            key: _distribution(override) for key, override in by_key.items() if override.is_sweep_override()
+        }
         if not distributions:
-            raise ConfigError("hydra.sweeper.params: give at least one key an interval, a range or a choice to search in")
+            raise ConfigError(
+                "hydra.sweeper.params: give at least one key an interval, a range or a choice to search in"
+            )
         return cls(tuple(str(line) for line in fixed), distributions)
 
     def suggest(self, trial: optuna.Trial) -> list[str]:
         """The overrides that ``trial`` tries; the same ones whenever it is asked again."""
-        return [_override(key, trial._suggest(key, kind)) for key, kind in self.distributions.items()]
+        return [_override(key, _suggest(trial, key, kind)) for key, kind in self.distributions.items()]
 
     def corners(self) -> Iterator[list[str]]:
         """Assignments in which every end of an interval and every choice occurs: if they can be run, all can."""
@@ -72,6 +76,15 @@ def _range(sweep: RangeSweep) -> BaseDistribution:
     if isinstance(sweep.range(), range):
         return IntDistribution(int(low), int(high), step=abs(int(sweep.step)))
     return FloatDistribution(float(low), float(high), step=abs(float(sweep.step)))
+
+
+def _suggest(trial: optuna.Trial, key: str, distribution: BaseDistribution) -> Any:
+    if isinstance(distribution, CategoricalDistribution):
+        return trial.suggest_categorical(key, distribution.choices)
+    if isinstance(distribution, IntDistribution):
+        return trial.suggest_int(key, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
+    assert isinstance(distribution, FloatDistribution)
+    return trial.suggest_float(key, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
 
 
 def _ends(distribution: BaseDistribution) -> list[Any]:

@@ -37,6 +37,7 @@ _IRRELEVANT_WARNINGS = (
     ".*does not have a deterministic implementation.*",
     ".*LeafSpec.*",
     ".*sync_dist=True.*",
+    ".*`srun` command is available.*",
 )
 # What Lightning is told in each debug mode.
 _DEBUG: dict[str | None, dict[str, Any]] = {
