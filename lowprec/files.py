@@ -27,7 +27,9 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         _sync(path.parent)
     except OSError as error:
         # A full disk is reported without the file's name.
-        raise error if error.filename else OSError(error.errno, error.strerror, str(path)) from error
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -34,7 +34,7 @@ def check(config: RunConfig) -> None:
     _require_choice("data.name", config.data.name, DATA_SETS)
     _require_choice("model.head", config.model.head, HEADS)
     if config.run_id is not None and (
-        not re.fullmatch(r"[\w][\w.,+-]*", config.run_id) or config.run_id == "baselines"
+        not re.fullmatch(r"[\w][\w.,+-]*", config.run_id) or config.run_id in ("baselines", "sweeps")
     ):
         raise ConfigError(f"run_id={config.run_id!r}: give a folder name of letters, digits and . , + _ -")
     _require("seed", config.seed, 0 <= config.seed < 2**32, "a whole number from 0 to 2^32 - 1")
@@ -71,13 +71,13 @@ def _check_data(config: RunConfig) -> None:
     needs_root = data.name in ("image_folder", "shards") and config.task != "cost"
     _require("data.root", data.root, data.root is not None or not needs_root, "the folder that holds train/ and val/")
     workers = data.num_workers
-    _require("data.num_workers", workers, workers is None or workers >= 0, "0 or more, or null for the data set's default")
+    _require("data.num_workers", workers, workers is None or workers >= 0, "0 or more, or null for the default")
     _require("data.random_erasing", data.random_erasing, 0 <= data.random_erasing <= 1, "a probability")
     _require("data.max_corrupted", data.max_corrupted, data.max_corrupted >= 0, "0 or more")
     for key in ("auto_augment", "random_erasing"):
         value = getattr(data, key)
         if value and data.name not in PHOTOGRAPHS:
-            raise ConfigError(f"data.{key}={value}: this is for photographs ({', '.join(PHOTOGRAPHS)}), not {data.name}")
+            raise ConfigError(f"data.{key}={value}: this is for photographs ({', '.join(PHOTOGRAPHS)})")
         if value and not data.augment:
             raise ConfigError(f"data.{key}={value}: data.augment=false leaves training images as they are")
 

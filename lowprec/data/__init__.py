@@ -6,7 +6,10 @@
 - ``normalization``: from pixels to floats, and back
 - ``epochs``: the order and the randomness of an epoch, functions of (seed, epoch) alone
 - ``in_memory``: sets small enough for memory: whole batches are cropped, flipped and normalised at once
-- ``fashion_mnist``, ``digits``, ``cifar``: the sets in memory; ``image_folder``: photographs in folders, ImageNet
+- ``fashion_mnist``, ``digits``, ``cifar``: the sets in memory
+- ``photographs``: decoded and transformed one by one, with ``decoding``, ``augmentation`` and ``damage``
+- ``image_folder``: photographs in folders, ImageNet; ``image_files``: how they are found and read
+- ``shards``: photographs in tar files; ``tar_index``: where each lies; ``write_shards``: makes them from folders
 - ``sources``: the errors of missing and damaged files, and downloads
 """
 

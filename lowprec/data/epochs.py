@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import DistributedSampler
 
-__all__ = ["EpochSampler", "generator_of", "seed_of", "split_epoch"]
+__all__ = ["EpochSampler", "ShareSampler", "generator_of", "seed_of", "split_epoch"]
 
 
 def seed_of(*parts: str | int) -> int:
@@ -34,13 +34,9 @@ class EpochSampler(DistributedSampler):
     """
 
     def __init__(self, images: int, seed: int) -> None:
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        super().__init__(
-            range(images),  # type: ignore[arg-type]  # its length is all that is asked for
-            num_replicas=torch.distributed.get_world_size() if distributed else 1,
-            rank=torch.distributed.get_rank() if distributed else 0,
-            seed=seed,
-        )
+        rank, size = _rank_and_size()
+        # The data set's length is all that is asked for.
+        super().__init__(range(images), num_replicas=size, rank=rank, seed=seed)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         images = len(self.dataset)  # type: ignore[arg-type]
@@ -48,6 +44,33 @@ class EpochSampler(DistributedSampler):
         # Every rank gets equally many: the first images come again at the end.
         order = order.repeat(-(-self.total_size // images))[: self.total_size]
         return iter([(self.epoch, index) for index in order[self.rank :: self.num_replicas].tolist()])
+
+
+class ShareSampler(DistributedSampler):
+    """This rank's share of the indices 0 to ``images`` - 1, in order: each index comes once over all ranks.
+
+    Unlike ``DistributedSampler`` itself, which repeats indices until all shares are equally long. Being one, it is left
+    in place by Lightning. A share is empty where there are fewer images than ranks.
+    """
+
+    def __init__(self, images: int) -> None:
+        rank, size = _rank_and_size()
+        super().__init__(range(images), num_replicas=size, rank=rank, shuffle=False)  # type: ignore[arg-type]
+
+    def _share(self) -> range:
+        return range(self.rank, len(self.dataset), self.num_replicas)  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return len(self._share())
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._share())
+
+
+def _rank_and_size() -> tuple[int, int]:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
 
 
 def split_epoch(indices: list[Any]) -> tuple[int, list[int]]:

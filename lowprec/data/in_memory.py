@@ -57,7 +57,7 @@ class InMemoryDataModule(DataModule):
         self._arrays["train"], self._arrays["test"] = self._read_arrays()
         return {source: arrays.labels for source, arrays in self._arrays.items()}
 
-    def _dataset(self, source: Source, indices: Tensor, augment: bool) -> Dataset:
+    def _dataset(self, source: Source, indices: Tensor, *, augment: bool, replace_damaged: bool) -> Dataset:
         arrays = self._arrays[source]
         return ImageBatches(
             ImageArrays(arrays.images[indices], arrays.labels[indices]),

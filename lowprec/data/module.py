@@ -10,7 +10,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lowprec.data.epochs import EpochSampler, generator_of
+from lowprec.data.epochs import EpochSampler, ShareSampler, generator_of
 from lowprec.data.normalization import Normalization
 from lowprec.data.splits import Splits, split, stratified_order
 
@@ -28,7 +28,8 @@ class DataOptions:
         root: folder of the data; None for the set's usual places.
         batch_size: training images per step and process.
         eval_batch_size: images per step in validation, test and calibration.
-        num_workers: processes that load images; 0 loads in the training process, right for sets in memory.
+        num_workers: processes that load images; 0 loads in the training process; None for the set's default: 0 for sets
+            in memory, this process's share of the cores, at most 16, for photographs.
         seed: fixes the splits, the order of the images and the augmentation.
         validation_share: share of the training images that is held out for validation; None for the set's default.
         augment: crop and flip training images at random.
@@ -42,7 +43,7 @@ class DataOptions:
     root: str | Path | None = None
     batch_size: int = 128
     eval_batch_size: int = 500
-    num_workers: int = 0
+    num_workers: int | None = None
     seed: int = 0
     validation_share: float | None = None
     augment: bool = True
@@ -50,9 +51,11 @@ class DataOptions:
     limit_test: int | None = None
 
     def __post_init__(self) -> None:
-        for key, least in (("batch_size", 1), ("eval_batch_size", 1), ("num_workers", 0)):
-            if getattr(self, key) < least:
-                raise ValueError(f"data.{key} must be at least {least}, not {getattr(self, key)}")
+        for key in ("batch_size", "eval_batch_size"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"data.{key} must be at least 1, not {getattr(self, key)}")
+        if self.num_workers is not None and self.num_workers < 0:
+            raise ValueError(f"data.num_workers must be at least 0, or null for the default, not {self.num_workers}")
         for key in ("limit_train", "limit_test"):
             value = getattr(self, key)
             if value is not None and value < 1:
@@ -62,7 +65,10 @@ class DataOptions:
 
 
 class DataModule(LightningDataModule, ABC):
-    """Loaders of (images float32 [B, C, H, W], normalised; labels int64 [B]) for training, validation and test.
+    """Loaders of (images [B, C, H, W]; labels int64 [B]) for training, validation and test.
+
+    Images are float32, normalised, on the CPU, but for one case: the training loader of photographs gives uint8 pixels,
+    which ``on_after_batch_transfer`` normalises on the device. Lightning calls it; other loops must do so.
 
     The images are found and read at the first use, so a module costs nothing until then; ``DataError`` is raised there.
 
@@ -97,8 +103,15 @@ class DataModule(LightningDataModule, ABC):
         its own, the validation images."""
 
     @abstractmethod
-    def _dataset(self, source: Source, indices: Tensor, augment: bool) -> Dataset:
-        """The images ``indices`` [N] of ``source``. If it has ``__getitems__``, that returns a collated batch."""
+    def _dataset(self, source: Source, indices: Tensor, *, augment: bool, replace_damaged: bool) -> Dataset:
+        """The images ``indices`` [N] of ``source``. If it has ``__getitems__``, that returns a collated batch.
+
+        ``replace_damaged`` says that another image may stand in for a file that cannot be decoded.
+        """
+
+    def _default_workers(self) -> int:
+        """Processes that load images where ``num_workers`` does not say."""
+        return 0
 
     @property
     def in_channels(self) -> int:
@@ -154,20 +167,26 @@ class DataModule(LightningDataModule, ABC):
         sampler = EpochSampler(len(indices), options.seed)
         # A batch of few images would disturb batch norm.
         drop_last = len(sampler) >= options.batch_size
-        dataset = self._dataset("train", indices, options.augment)
+        dataset = self._dataset("train", indices, augment=options.augment, replace_damaged=True)
         return self._loader(dataset, batch_size=options.batch_size, sampler=sampler, drop_last=drop_last)
 
     def val_dataloader(self) -> DataLoader:
-        """Every validation image once, in a fixed order, not augmented."""
+        """Every validation image once over all ranks, in a fixed order, not augmented."""
         source: Source = "validation" if "validation" in self._labels else "train"
         return self._evaluation_loader(source, self.splits.validation)
 
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """A batch on its device, its images normalised if they are uint8 pixels."""
+        images, *others = batch
+        return (self.normalization.normalize(images), *others) if images.dtype == torch.uint8 else batch
+
     def test_dataloader(self) -> DataLoader:
-        """Every test image once, in a fixed order, not augmented."""
+        """Every test image once over all ranks, in a fixed order, not augmented."""
         return self._evaluation_loader("test", self.splits.test)
 
     def calibration_batches(self, images: int) -> list[Tensor]:
-        """Training images without labels or augmentation, the same for the same seed, classes in their shares.
+        """Training images without labels or augmentation, the same for the same seed and on every rank, classes in
+        their shares.
 
         Args:
             images: how many; at most all training images are returned.
@@ -182,13 +201,16 @@ class DataModule(LightningDataModule, ABC):
             raise ValueError(f"calibration needs at least 1 image, not {images}")
         train = self.splits.train
         order = stratified_order(self._labels["train"][train], "calibration", self.options.seed)
-        return [batch for batch, _ in self._evaluation_loader("train", train[order[:images]])]
+        dataset = self._dataset("train", train[order[:images]], augment=False, replace_damaged=True)
+        return [batch for batch, _ in self._loader(dataset, batch_size=self.options.eval_batch_size)]
 
     def _evaluation_loader(self, source: Source, indices: Tensor) -> DataLoader:
-        return self._loader(self._dataset(source, indices, augment=False), batch_size=self.options.eval_batch_size)
+        dataset = self._dataset(source, indices, augment=False, replace_damaged=False)
+        return self._loader(dataset, batch_size=self.options.eval_batch_size, sampler=ShareSampler(len(indices)))
 
     def _loader(self, dataset: Dataset, **arguments: Any) -> DataLoader:
-        workers = self.options.num_workers
+        options = self.options
+        workers = self._default_workers() if options.num_workers is None else options.num_workers
         return DataLoader(
             dataset,
             num_workers=workers,

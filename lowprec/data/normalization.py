@@ -23,9 +23,16 @@ class Normalization(NamedTuple):
     peak: int = 255
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """uint8 [B, C, H, W] -> float32 of the same shape."""
-        mean, std = self._per_channel()
-        return (pixels.float() / self.peak).sub(mean).div(std)
+        """uint8 [B, C, H, W] -> float32 of the same shape, on the same device."""
+        mean, std = self._per_channel(pixels.device)
+        images = torch.empty(pixels.shape, dtype=torch.float32, device=pixels.device)
+        # A processor's cache holds one image, not a batch; an accelerator takes the batch at once.
+        parts = (
+            zip(images.split(1), pixels.split(1), strict=True) if pixels.device.type == "cpu" else [(images, pixels)]
+        )
+        for image, pixel in parts:
+            torch.div(pixel, self.peak, out=image).sub_(mean).div_(std)
+        return images
 
     def table(self) -> Tensor:
         """What each pixel value becomes, float32 [C, 256]."""
@@ -38,7 +45,7 @@ class Normalization(NamedTuple):
         Raises:
             ValueError: the images hold values that no pixels have, or were normalised otherwise.
         """
-        mean, std = self._per_channel()
+        mean, std = self._per_channel(images.device)
         pixels = ((images * std + mean) * self.peak).round().clamp(0, PIXEL_VALUES - 1).to(torch.uint8)
         if not torch.equal(self.normalize(pixels), images):
             raise ValueError(
@@ -47,6 +54,6 @@ class Normalization(NamedTuple):
             )
         return pixels
 
-    def _per_channel(self) -> tuple[Tensor, Tensor]:
-        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
+    def _per_channel(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (self.mean, self.std))
         return mean, std

@@ -10,6 +10,7 @@ from lowprec.data.digits import Digits
 from lowprec.data.fashion_mnist import FashionMnist
 from lowprec.data.image_folder import ImageFolder, ImageNet
 from lowprec.data.module import DataModule, DataOptions
+from lowprec.data.shards import Shards
 
 __all__ = ["create_data", "list_data"]
 
@@ -20,6 +21,7 @@ DATA_SETS: dict[str, type[DataModule]] = {
     "cifar100": Cifar100,
     "imagenet": ImageNet,
     "image_folder": ImageFolder,
+    "shards": Shards,
 }
 
 
@@ -29,12 +31,13 @@ def create_data(name: str, **arguments: Any) -> DataModule:
     Args:
         name: one of ``list_data()``.
         arguments: the fields of ``DataOptions`` (``root``, ``batch_size``, ``seed``, ``limit_train``, …); ``padding``
-            for the sets in memory; ``data_config``, ``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``
-            and ``color_jitter`` for ``imagenet`` and ``image_folder``.
+            for the sets in memory; ``data_config``, ``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``,
+            ``color_jitter``, ``auto_augment``, ``random_erasing`` and ``max_corrupted`` for photographs (``imagenet``,
+            ``image_folder``, ``shards``).
 
     Raises:
         ValueError: unknown name, unknown argument, impossible value; the message shows the valid ones.
-        DataError: for folders of photographs, if they are missing or laid out wrongly. The other sets look for their
+        DataError: for photographs, if they are missing or laid out wrongly. The other sets look for their
             files at the first use.
     """
     if name not in DATA_SETS:

@@ -18,6 +18,10 @@ Downloaded = TypeVar("Downloaded")
 class DataError(RuntimeError):
     """A data set is missing, damaged or laid out wrongly; the message names the file and what to do."""
 
+    def __str__(self) -> str:
+        # A loading process hands its error on as text, with the traceback of that process before it.
+        return super().__str__().rpartition(f"{__name__}.{type(self).__name__}: ")[2].rstrip()
+
 
 def cache_folder() -> Path:
     """Where downloads are kept: ``$XDG_CACHE_HOME/lowprec`` or ``~/.cache/lowprec``."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lowprec.files import whole_file
 
-__all__ = ["CheckpointError", "checkpoint_metadata", "load_checkpoint", "save_checkpoint"]
+__all__ = ["CheckpointError", "check_published_head", "checkpoint_metadata", "load_checkpoint", "save_checkpoint"]
 
 # Where training scripts put the weights in the dictionary that they save, in order of preference.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "module", "state_dict_ema", "model_ema", "ema")
@@ -28,8 +28,11 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be had, cannot be read, or does not fit the model; the message says what to do."""
 
 
-def load_checkpoint(model: nn.Module, path: str | Path) -> None:
+def load_checkpoint(model: nn.Module, path: str | Path, *, head: str = "strict") -> None:
     """Load the weights in ``path`` into ``model``, in place; every tensor must be there and have the right shape.
+
+    With ``head="new"`` the classifier (the layer of the last matrix) stays as it is in ``model``, whatever the checkpoint
+    holds of it: that is how weights of other classes are loaded.
 
     Reads ``.safetensors`` and everything ``torch.save`` writes (never unpickling code): a bare state dict, one under a
     usual key (``state_dict``, ``model``, ``model_state_dict``, ``model_ema``, …), with the prefixes of DDP
@@ -50,10 +53,28 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     for key in wanted.keys() - state.keys():
         if key.endswith("num_batches_tracked"):  # files older than PyTorch 0.4.1 lack this counter of training steps
             state[key] = torch.zeros_like(wanted[key])
+    if head == "new":
+        fresh = _classifier(model).rpartition(".")[0] + "."
+        state = {key: tensor for key, tensor in state.items() if not key.startswith(fresh)}
+        state |= {key: tensor for key, tensor in wanted.items() if key.startswith(fresh)}
     mismatch = _describe_mismatch(model, wanted, state)
     if mismatch:
         raise CheckpointError(f"the checkpoint {path} does not fit the model\n{mismatch}")
     model.load_state_dict(state, strict=True)
+
+
+def check_published_head(model: nn.Module, num_classes: int, *, head: str) -> None:
+    """Refuse published weights of another number of classes, whose classifier timm leaves out, unless ``head`` is "new".
+
+    Raises:
+        CheckpointError: the numbers differ.
+    """
+    published = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes", num_classes)
+    if head == "strict" and published != num_classes:
+        raise CheckpointError(
+            f"the published weights have {published} classes, the data has {num_classes}: load everything but the "
+            "classifier, which then starts afresh, with model.head=new"
+        )
 
 
 def save_checkpoint(model: nn.Module, path: str | Path, metadata: Mapping[str, str]) -> None:
@@ -189,8 +210,7 @@ def _listing(title: str, names: list[str]) -> str:
 
 def _class_count_hint(model: nn.Module, differing: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> str:
     """A hint where the classifier (the last matrix) differs in its number of outputs alone."""
-    matrices = [name for name, parameter in model.named_parameters() if parameter.dim() >= 2]
-    classifier = matrices[-1] if matrices else ""
+    classifier = _classifier(model)
     if classifier not in differing:
         return ""
     theirs, ours = differing[classifier]
@@ -198,5 +218,12 @@ def _class_count_hint(model: nn.Module, differing: Mapping[str, tuple[tuple[int,
         return ""
     return (
         f"  the classifier {classifier} of the checkpoint has {theirs[0]} classes, the model has {ours[0]}: "
-        "check data.num_classes (or the data set) against the checkpoint's"
+        "check data.num_classes (or the data set) against the checkpoint's, or load everything but the classifier, which "
+        "then starts afresh, with model.head=new"
     )
+
+
+def _classifier(model: nn.Module) -> str:
+    """The name of the last matrix, "" if there is none."""
+    matrices = [name for name, parameter in model.named_parameters() if parameter.dim() >= 2]
+    return matrices[-1] if matrices else ""

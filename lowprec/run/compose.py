@@ -149,7 +149,8 @@ def _first_of_sweep(override: str) -> str:
         return override
     key = override.split("=", 1)[0]
     # An interval, of a search, has ends but no values that could be counted.
-    return f"{key}={parsed.value().start if parsed.is_interval_sweep() else next(parsed.sweep_string_iterator())}"
+    value: Any = parsed.value()
+    return f"{key}={value.start if parsed.is_interval_sweep() else next(parsed.sweep_string_iterator())}"
 
 
 def _is_incidental(override: str) -> bool:

@@ -44,9 +44,10 @@ from lowprec.training.checkpoints import BEST
 from lowprec.training.codes import CodeStatistics
 from lowprec.training.evaluation import Predictor, top1
 from lowprec.training.fit import fit
-from lowprec.training.loggers import close_loggers, create_loggers, log_summary
+from lowprec.training.loggers import close_loggers, create_loggers, log_artifacts, log_summary
 from lowprec.training.module import Classification
 from lowprec.training.precision import choose_accelerator, choose_device
+from lowprec.training.profile import StepProfile
 from lowprec.verify import VerificationError, verify
 
 
@@ -140,6 +141,7 @@ def train(config: RunConfig, console: Console, callbacks: Sequence[Callback] = (
         prove(current, qmodel, imodel)
         summary = summarize(current)
         log_summary(loggers, summary, directory.summary_file)
+        log_artifacts(loggers, [directory.model_file, directory.onnx_file, directory.config_file], summary)
     finally:
         close_loggers(loggers)
         directory.close()
@@ -218,6 +220,7 @@ def fine_tune(current: Run, qmodel: fx.GraphModule, teacher: nn.Module, loggers:
         compiled=config.trainer.compile,
         identity=training_identity(config, config.recipe),
     )
+    profile = [StepProfile(directory.path)] if config.trainer.debug == "profile" else []
     with current.stage("fine_tune", f"fine-tune: {plural(config.trainer.max_epochs, 'epoch')}"):
         fit(
             module,
@@ -227,7 +230,7 @@ def fine_tune(current: Run, qmodel: fx.GraphModule, teacher: nn.Module, loggers:
             settings=config.trainer,
             title="fine-tuning",
             console=current.console,
-            callbacks=[CodeStatistics(), *current.callbacks],
+            callbacks=[CodeStatistics(), *profile, *current.callbacks],
             loggers=loggers,
         )
     directory.record("validation", float(checkpoint_metadata(directory.checkpoints / BEST)["validation_top1"]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import threading
 import time
@@ -133,12 +132,6 @@ class BestAndLast(Checkpoint):
             raise Interrupted(int(stop))
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        loss = float(trainer.callback_metrics["train/loss"])
-        if not math.isfinite(loss):
-            raise TrainingDiverged(
-                f"training diverged: the loss of epoch {trainer.current_epoch + 1} is {loss}. Lower optim.learning_rate "
-                "(baseline.optim.learning_rate for the full-precision model), or set trainer.gradient_clip"
-            )
         top1 = float(trainer.callback_metrics["val/top1"])
         if top1 > self.best_top1:
             self.best_top1, self.best_epoch = top1, trainer.current_epoch

@@ -25,8 +25,8 @@ from lowprec.training.checkpoints import BEST, LAST, BestAndLast, DurableCheckpo
 from lowprec.training.equality import EqualModels
 from lowprec.training.module import Classification
 from lowprec.training.precision import choose_accelerator, choose_precision
-from lowprec.training.progress import progress_callbacks
 from lowprec.training.resume import ResumedData, batches_done
+from lowprec.training.watch import watch_callbacks
 
 # Each says what is so on purpose here, and none what a user could act on.
 _IRRELEVANT_WARNINGS = (
@@ -79,7 +79,7 @@ def fit(
     _quiet_lightning()
     checkpoints = BestAndLast(folder, settings.checkpoint_minutes)
     accelerator = choose_accelerator(settings.accelerator)
-    progress = progress_callbacks(settings.progress, title, console)
+    watch = watch_callbacks(settings, folder=folder, title=title, console=console)
     if settings.sync_batchnorm:
         synchronize_batch_norms(module)
     trainer = lightning.Trainer(
@@ -90,11 +90,12 @@ def fit(
         accumulate_grad_batches=settings.accumulate_grad_batches,
         # A warning, not an error: a few CUDA kernels have no deterministic form.
         deterministic="warn",
-        callbacks=[*callbacks, *progress, EqualModels(), checkpoints],
+        callbacks=[*callbacks, *watch, EqualModels(), checkpoints],
         logger=list(loggers) or False,
+        log_every_n_steps=settings.log_every_steps,
         enable_checkpointing=True,
         enable_model_summary=False,
-        enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in progress),
+        enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in watch),
         num_sanity_val_steps=0,
         default_root_dir=folder,
     )

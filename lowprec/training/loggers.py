@@ -1,26 +1,32 @@
-"""Where metrics go: ``metrics.csv`` in the run's folder, Weights & Biases, both or neither."""
+"""Where metrics, alerts and files go: ``metrics.csv`` in the run's folder, Weights & Biases, both or neither."""
 
 from __future__ import annotations
 
 import csv
+import io
 import netrc
 import os
+import re
 import shutil
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import lightning.pytorch as lightning
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lowprec.config import LoggerConfig
+from lowprec.files import whole_file
 
 
 class MetricsFile(Logger):
-    """A CSV file with a row per step and a column per metric, which a resumed run goes on with.
+    """A CSV file with a row per logged step and a column per metric, which a resumed run goes on with.
 
     Lightning's own CSVLogger deletes the file that it finds. Rows from after the step that a run resumes at are
-    dropped, as those steps are done again.
+    dropped, as those steps are done again. New rows are appended; a new column, or a change to a row, rewrites the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -28,6 +34,9 @@ class MetricsFile(Logger):
         self.path = path
         self._rows: dict[int, dict[str, float]] = {}
         self._read = False
+        self._changed: set[int] = set()
+        self._columns: list[str] = []
+        self._last_written = -1
 
     @property
     def name(self) -> str:
@@ -47,18 +56,32 @@ class MetricsFile(Logger):
             self._rows = {row: values for row, values in _read_rows(self.path).items() if row < step}
             self._read = True
         self._rows.setdefault(step, {}).update(metrics)
+        self._changed.add(step)
 
     @rank_zero_only
     def save(self) -> None:
-        if not self._rows:
+        if not self._changed:
             return
-        columns = sorted({name for values in self._rows.values() for name in values} - {"epoch"})
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, ["step", "epoch", *columns])
-            writer.writeheader()
-            writer.writerows({"step": step, **values} for step, values in sorted(self._rows.items()))
-        os.replace(temporary, self.path)
+        new = {name for step in self._changed for name in self._rows[step]} - {"epoch", *self._columns}
+        if new or min(self._changed) <= self._last_written:
+            self._rewrite()
+        else:
+            with self.path.open("a", newline="") as file:
+                file.write(self._lines(sorted(self._changed)))
+        self._last_written = max(self._rows)
+        self._changed.clear()
+
+    def _rewrite(self) -> None:
+        self._columns = sorted({name for values in self._rows.values() for name in values} - {"epoch"})
+        with whole_file(self.path) as temporary, temporary.open("w", newline="") as file:
+            csv.writer(file).writerow(["step", "epoch", *self._columns])
+            file.write(self._lines(sorted(self._rows)))
+
+    def _lines(self, steps: list[int]) -> str:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, ["step", "epoch", *self._columns])
+        writer.writerows({"step": step, **self._rows[step]} for step in steps)
+        return text.getvalue()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -68,11 +91,13 @@ class MetricsFile(Logger):
 def _read_rows(path: Path) -> dict[int, dict[str, float]]:
     if not path.is_file():
         return {}
-    with path.open(newline="") as file:
-        return {
-            int(row.pop("step")): {name: float(value) for name, value in row.items() if value}
-            for row in csv.DictReader(file)
-        }
+    text = path.read_text()
+    # A killed process may have left half a line at the end.
+    whole = text[: text.rfind("\n") + 1]
+    return {
+        int(row.pop("step")): {name: float(value) for name, value in row.items() if value}
+        for row in csv.DictReader(io.StringIO(whole))
+    }
 
 
 def create_loggers(config: LoggerConfig, folder: Path, run_name: str, content: dict[str, Any]) -> list[Logger]:
@@ -96,20 +121,41 @@ def _wandb_logger(config: LoggerConfig, folder: Path, run_name: str, content: di
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
-    offline = config.mode == "offline" or (config.mode == "auto" and not has_wandb_key())
-    run = wandb.init(
-        name=run_name,
-        id=run_name,
-        project=config.project,
-        entity=config.entity,
-        tags=config.tags,
-        dir=folder,
-        mode="offline" if offline else "online",
-        resume="allow",
-        config=content,
-        settings=wandb.Settings(silent=True, console="off"),
-    )
+    def started(offline: bool) -> Any:
+        return wandb.init(
+            name=run_name,
+            # A run's name may have commas, which W&B refuses in ids.
+            id=_plain_name(run_name),
+            project=config.project,
+            entity=config.entity,
+            tags=config.tags,
+            dir=folder,
+            mode="offline" if offline else "online",
+            resume="allow",
+            config=content,
+            settings=wandb.Settings(silent=True, console="off", init_timeout=_wandb_patience()),
+        )
+
+    try:
+        run = started(config.mode == "offline" or (config.mode == "auto" and not has_wandb_key()))
+    except wandb.errors.CommError as error:
+        # A server that is away for an hour must not stop a training of a week.
+        reason = str(error).strip().splitlines()[0]
+        warnings.warn(
+            f"W&B cannot be reached ({reason}): the run is logged offline; wandb sync {folder}/wandb/offline-run-* sends it",
+            stacklevel=2,
+        )
+        wandb.teardown()  # else the id counts as in use
+        run = started(True)
+    # As Lightning does for runs that it starts itself: charts are over optimizer steps.
+    run.define_metric("trainer/global_step")
+    run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
     return WandbLogger(experiment=run)
+
+
+def _wandb_patience() -> float:
+    """Seconds to wait for W&B's server, from W&B's own variable."""
+    return float(os.environ.get("WANDB_INIT_TIMEOUT", "60"))
 
 
 def has_wandb_key() -> bool:
@@ -123,6 +169,44 @@ def has_wandb_key() -> bool:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
+
+
+def log_metrics(trainer: lightning.Trainer, metrics: dict[str, float]) -> None:
+    """Logs ``metrics`` of the optimizer step just done; numbers on the host, which Lightning would copy to the device."""
+    for logger in trainer.loggers:
+        # The row of Lightning's own metrics, which counts steps from 0.
+        logger.log_metrics({"epoch": trainer.current_epoch, **metrics}, step=max(0, trainer.global_step - 1))
+
+
+@rank_zero_only
+def alert(loggers: Sequence[Logger], title: str, text: str) -> None:
+    """Has W&B tell the run's owner, by mail or chat as they set it up there; an offline run does so when it is synced."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.alert(title=title, text=text, level="ERROR")
+
+
+@rank_zero_only
+def log_artifacts(loggers: Sequence[Logger], files: Sequence[Path], metadata: dict[str, Any]) -> None:
+    """Sends ``files`` to W&B as one artifact of type ``model`` named after the run, with ``metadata``, flattened.
+
+    Before :func:`close_loggers`. An offline run only refers to the files, which have to be there when it is synced.
+
+    Raises:
+        FileNotFoundError: one of the files is not there; it is named.
+    """
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            import wandb
+
+            run = logger.experiment
+            artifact = wandb.Artifact(_plain_name(run.name), type="model", metadata=flatten(metadata))
+            for file in files:
+                if not file.is_file():
+                    raise FileNotFoundError(f"{file}: no such file to send to W&B")
+                # "immutable": not copied into W&B's folder in the user's home, where the copies of all runs would add up.
+                artifact.add_file(str(file), policy="immutable")
+            run.log_artifact(artifact)
 
 
 def log_summary(loggers: list[Logger], summary: dict[str, Any], file: Path) -> None:
@@ -140,6 +224,11 @@ def close_loggers(loggers: list[Logger]) -> None:
         logger.finalize("finished")
         if isinstance(logger, WandbLogger):
             logger.experiment.finish()
+
+
+def _plain_name(name: str) -> str:
+    """``name`` in the characters, and of the length, that W&B allows in ids and artifacts' names."""
+    return re.sub(r"[^\w.-]", "_", name)[:128]
 
 
 def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Photographs in folders: layouts, transforms from the model's config, errors that show the expected tree."""
 
+import os
 import random
 import shutil
 from pathlib import Path
@@ -38,7 +39,7 @@ def test_val_is_the_test_split_without_a_test_folder(tmp_path: Path) -> None:
     assert (data.num_classes, data.in_channels, data.input_size) == (3, 3, (3, 16, 16))
     images, labels = next(iter(data.train_dataloader()))
     assert images.shape == (8, 3, 16, 16)
-    assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)
+    assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
     test_labels = torch.cat([labels for _, labels in data.test_dataloader()])
     assert test_labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
 
@@ -145,9 +146,41 @@ def test_no_classes(tmp_path: Path) -> None:
         folder_data(tmp_path)
 
 
+def test_images_in_folders_below_a_class(tmp_path: Path) -> None:
+    write_images(tmp_path, {"train": 2, "val": 2})
+    below = tmp_path / "val" / "cat" / "more" / "of these"
+    below.mkdir(parents=True)
+    shutil.move(tmp_path / "val" / "cat" / "1.png", below / "é.PNG")
+    (below / "notes.txt").write_text("no image")
+    data = folder_data(tmp_path)
+    assert data.sizes["test"] == 6
+    assert sum(len(images) for images, _ in data.test_dataloader()) == 6
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="everything is readable for root")
+def test_folder_without_permission_is_named(tmp_path: Path) -> None:
+    write_images(tmp_path, {"train": 2, "val": 2})
+    (tmp_path / "val" / "cat").chmod(0)
+    try:
+        with pytest.raises(DataError, match=r"the folder .*val/cat cannot be read \(Permission denied\)"):
+            folder_data(tmp_path).setup()
+    finally:
+        (tmp_path / "val" / "cat").chmod(0o755)
+
+
+def test_image_that_cannot_be_opened_is_named_and_not_replaced(tmp_path: Path) -> None:
+    write_images(tmp_path, {"train": 8, "val": 2})
+    data = folder_data(tmp_path, num_workers=0)
+    data.setup()
+    victim = tmp_path / "train" / "cat" / "0.png"
+    victim.unlink()
+    with pytest.raises(DataError, match=rf"the image {victim} cannot be opened \(No such file"):
+        list(data.train_dataloader())
+
+
 def test_class_without_images(tmp_path: Path) -> None:
     write_images(tmp_path, {"train": 2, "val": 0})
-    with pytest.raises(DataError, match=r"val: .*bird(.|\n)*val/CLASS"):
+    with pytest.raises(DataError, match=r"3 class folder\(s\) of .*val hold no images: bird, cat, dog"):
         folder_data(tmp_path).setup()
 
 

@@ -128,4 +128,4 @@ def test_unknown_names() -> None:
         create_data("fashion-mnist")
     with pytest.raises(ValueError, match=r"digits takes no argument bach_size; it takes root, batch_size, .*padding"):
         digits(bach_size=3)
-    assert list_data() == ["fashion_mnist", "digits", "cifar10", "cifar100", "imagenet", "image_folder"]
+    assert list_data() == ["fashion_mnist", "digits", "cifar10", "cifar100", "imagenet", "image_folder", "shards"]

@@ -10,7 +10,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lowprec.models import CheckpointError, checkpoint_metadata, load_checkpoint, save_checkpoint
+from lowprec.models import CheckpointError, checkpoint_metadata, create_model, load_checkpoint, save_checkpoint
+from lowprec.models.checkpoint import check_published_head
 from lowprec.models.cifar_resnet import resnet8
 
 
@@ -192,3 +193,40 @@ def test_file_without_weights(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "odd.pt")
     with pytest.raises(CheckpointError, match="holds"):
         load_checkpoint(build(), tmp_path / "odd.pt")
+
+
+def test_new_head_keeps_the_models_own_classifier(tmp_path: Path) -> None:
+    source, target = build(seed=1, num_classes=7), build(seed=2)
+    torch.save(source.state_dict(), tmp_path / "seven.pt")
+    before = {key: tensor.clone() for key, tensor in target.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"has 7 classes, the model has 10: .* model\.head=new"):
+        load_checkpoint(target, tmp_path / "seven.pt")
+    load_checkpoint(target, tmp_path / "seven.pt", head="new")
+    loaded = target.state_dict()
+    classifier = [key for key in loaded if loaded[key].shape != source.state_dict()[key].shape]
+    assert len(classifier) == 2  # weight and bias
+    for key, tensor in loaded.items():
+        assert torch.equal(tensor, before[key] if key in classifier else source.state_dict()[key])
+
+
+def test_new_head_is_new_also_where_the_numbers_of_classes_agree(tmp_path: Path) -> None:
+    source, target = build(seed=1), build(seed=2)
+    torch.save(source.state_dict(), tmp_path / "ten.pt")
+    own = [parameter.clone() for parameter in list(target.parameters())[-2:]]
+    load_checkpoint(target, tmp_path / "ten.pt", head="new")
+    assert all(torch.equal(one, other) for one, other in zip(own, list(target.parameters())[-2:], strict=True))
+    state = source.state_dict()
+    del state["conv1.weight"]
+    torch.save(state, tmp_path / "lacking.pt")
+    with pytest.raises(CheckpointError, match=r"1 missing in the checkpoint: conv1\.weight"):
+        load_checkpoint(target, tmp_path / "lacking.pt", head="new")
+
+
+def test_published_weights_of_other_classes_need_a_new_head() -> None:
+    model = create_model("timm:resnet18", num_classes=10)
+    with pytest.raises(
+        CheckpointError, match=r"published weights have 1000 classes, the data has 10: .*model\.head=new"
+    ):
+        check_published_head(model, 10, head="strict")
+    check_published_head(model, 10, head="new")
+    check_published_head(model, 1000, head="strict")

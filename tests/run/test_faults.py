@@ -319,6 +319,19 @@ def test_a_port_in_use_is_named(
     assert "MASTER_PORT" in message
 
 
+def test_an_unreachable_wandb_is_logged_offline(
+    copied_digits_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variables = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "a" * 40, "WANDB_INIT_TIMEOUT": "2"}
+    for key, value in variables.items():
+        monkeypatch.setenv(key, value)
+    runs = copied_digits_run()
+    overrides = [SMOKE, f"runs_dir={runs}", "run_id=away", "logger=wandb", "logger.mode=online", "trainer.max_epochs=0"]
+    with pytest.warns(UserWarning, match=r"W&B cannot be reached .*: the run is logged offline; wandb sync"):
+        assert run_to_exit_code(compose(*overrides)) == 0
+    assert len(list((runs / "away" / "wandb").glob("offline-run-*-away/*.wandb"))) == 1
+
+
 def test_as_many_processes_as_configured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from wandb_files import wandb_records
 
 from lowprec.calibrate import calibrate
-from lowprec.config import OptimConfig, TrainerConfig
+from lowprec.config import LoggerConfig, OptimConfig, TrainerConfig
 from lowprec.data import create_data
 from lowprec.layers import quantized_layers
 from lowprec.models import create_model
@@ -17,7 +18,7 @@ from lowprec.prepare import prepare
 from lowprec.recipe import Recipe
 from lowprec.training.codes import CodeStatistics, CollapseWarning, sparsity
 from lowprec.training.fit import fit
-from lowprec.training.loggers import MetricsFile
+from lowprec.training.loggers import close_loggers, create_loggers
 from lowprec.training.module import Classification
 
 
@@ -40,7 +41,7 @@ def test_every_layer_is_logged_and_a_collapsed_one_is_named(tmp_path: Path) -> N
         weight.view(-1)[1:] = 0
     weight.requires_grad_(False)
     layers[collapsed].weight_quantizer.solve(weight, collapsed)
-    logger = MetricsFile(tmp_path / "metrics.csv")
+    loggers = create_loggers(LoggerConfig(csv=True, wandb=True, mode="offline"), tmp_path, "run", {})
     with pytest.warns(CollapseWarning, match=f"layer {collapsed} has collapsed.*quant.rules") as warned:
         fit(
             Classification(qmodel, OptimConfig(learning_rate=1e-4)),
@@ -51,9 +52,13 @@ def test_every_layer_is_logged_and_a_collapsed_one_is_named(tmp_path: Path) -> N
             title="",
             console=Console(quiet=True),
             callbacks=[CodeStatistics()],
-            loggers=[logger],
+            loggers=loggers,
         )
     assert len([warning for warning in warned if warning.category is CollapseWarning]) == 1
+    close_loggers(loggers)
+    (alert,) = [record.alert for record in wandb_records(tmp_path) if record.HasField("alert")]
+    assert alert.title == "a layer has collapsed"
+    assert alert.text.startswith(f"layer {collapsed} has collapsed")
     header, first, _ = (tmp_path / "metrics.csv").read_text().splitlines()
     columns = header.split(",")
     assert {f"sparsity/{name}" for name in names} | {f"flips/{name}" for name in names} <= set(columns)

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
+import lightning.pytorch as lightning
 import pytest
+from lightning.pytorch.callbacks import Callback
+from wandb_files import wandb_records
+from watched_training import Recorder, tiny_module, train
 
 from lowprec.config import LoggerConfig
-from lowprec.training.loggers import MetricsFile, create_loggers, flatten, has_wandb_key
+from lowprec.training.loggers import (
+    MetricsFile,
+    alert,
+    close_loggers,
+    create_loggers,
+    flatten,
+    has_wandb_key,
+    log_artifacts,
+    log_metrics,
+)
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -72,3 +86,78 @@ def test_a_key_is_found_in_the_environment_and_in_netrc(monkeypatch: pytest.Monk
 
 def test_summaries_are_flattened() -> None:
     assert flatten({"a": {"b": 1, "c": {"d": None}}, "e": 2}) == {"a/b": 1, "a/c/d": None, "e": 2}
+
+
+def test_rows_are_appended_and_half_a_line_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    logger = MetricsFile(path)
+    for step in (9, 19, 29):
+        logger.log_metrics({"epoch": 0, "train/loss": step / 10}, step=step)
+        logger.save()
+    before = path.stat().st_ino
+    logger.log_metrics({"epoch": 0, "train/loss": 3.9}, step=39)
+    logger.save()
+    # The same file, one line longer: a long training does not write all its rows again and again.
+    assert path.stat().st_ino == before
+    assert [row["step"] for row in rows(path)] == ["9", "19", "29", "39"]
+    with path.open("a") as file:
+        file.write("49,0,4")  # what a killed process may leave of a line
+    resumed = MetricsFile(path)
+    resumed.log_metrics({"epoch": 0, "train/loss": 4.9}, step=49)
+    resumed.finalize("success")
+    assert [(row["step"], row["train/loss"]) for row in rows(path)][-2:] == [("39", "3.9"), ("49", "4.9")]
+
+
+def test_a_row_that_gets_more_metrics_later_is_still_one_row(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    logger = MetricsFile(path)
+    for metrics, step in (({"a": 1.0, "b": 1.0}, 9), ({"a": 2.0}, 19), ({"b": 2.0}, 19), ({"a": 3.0}, 29)):
+        logger.log_metrics({"epoch": 0, **metrics}, step=step)
+        logger.save()
+    assert [(row["step"], row["a"], row["b"]) for row in rows(path)] == [
+        ("9", "1.0", "1.0"),
+        ("19", "2.0", "2.0"),
+        ("29", "3.0", ""),
+    ]
+
+
+def test_an_offline_run_holds_alerts_and_the_model(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("model.safetensors", "model.onnx", "config.yaml")]
+    for size, file in enumerate(files, start=5):
+        file.write_bytes(b"x" * size)
+    config = LoggerConfig(csv=True, wandb=True, mode="offline")
+    loggers = create_loggers(config, tmp_path, "digits,seed=1", {})
+    alert(loggers, "training diverged", "training diverged at step 3")
+    log_artifacts(loggers, files, {"integer": {"top1": 0.5}, "onnx": {"top1": None}})
+    close_loggers(loggers)
+    records = wandb_records(tmp_path)
+    alerts = [record.alert for record in records if record.HasField("alert")]
+    assert [(found.title, found.text, found.level) for found in alerts] == [
+        ("training diverged", "training diverged at step 3", "ERROR")
+    ]
+    (artifact,) = [
+        record.request.log_artifact.artifact if record.HasField("request") else record.artifact
+        for record in records
+        if record.HasField("artifact") or record.request.HasField("log_artifact")
+    ]
+    assert (artifact.name, artifact.type) == ("digits_seed_1", "model")
+    assert json.loads(artifact.metadata) == {"integer/top1": 0.5, "onnx/top1": None}
+    found = {entry.path: (entry.size, entry.local_path) for entry in artifact.manifest.contents}
+    assert found == {file.name: (size, str(file)) for size, file in enumerate(files, start=5)}
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    loggers = create_loggers(LoggerConfig(csv=False, wandb=True, mode="offline"), tmp_path, "run", {})
+    with pytest.raises(FileNotFoundError, match=r"model\.onnx: no such file"):
+        log_artifacts(loggers, [tmp_path / "model.onnx"], {})
+    close_loggers(loggers)
+
+
+def test_metrics_of_callbacks_share_the_rows_of_lightning(tmp_path: Path) -> None:
+    class Epochs(Callback):
+        def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+            log_metrics(trainer, {"mine": 1.0})
+
+    recorder = Recorder()
+    train(tiny_module(), tmp_path, [Epochs()], loggers=[recorder], accumulate_grad_batches=4)
+    assert set(recorder.column("mine")) == set(recorder.column("train/loss")) == {1, 3}
