@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lowprec.config import ConfigError, RunConfig
+from lowprec.config import ConfigError, ExportConfig, RunConfig
 from lowprec.data import DataModule
 from lowprec.data.normalization import PIXEL_VALUES
 from lowprec.export.onnx import export_onnx
 from lowprec.export.options import ExportOptions
 from lowprec.export.packed_onnx import export_packed_onnx
 from lowprec.export.qonnx import export_qonnx
+from lowprec.export.runtime import ExportedModel
 from lowprec.integer.model import IntegerModel
 from lowprec.run.directory import RunDirectory
 
@@ -42,6 +43,24 @@ def exported_file(directory: RunDirectory, config: RunConfig) -> Path:
     """Where a file of the configured format lies: model.onnx, model.packed.onnx or model.qonnx.onnx."""
     kind = config.export.format
     return directory.onnx_file if kind == "int8" else directory.onnx_file.with_suffix(f".{kind}.onnx")
+
+
+def check_exported(directory: RunDirectory, config: RunConfig) -> Path:
+    """The file of the configured format, once it is known to be there and to be what the command asks for.
+
+    Raises:
+        ConfigError: there is no such file, or an option of the command, other than a default, says what it is not.
+    """
+    path = exported_file(directory, config)
+    again = f"the same command with task=export writes {'it' if path.is_file() else 'one'}"
+    if not path.is_file():
+        raise ConfigError(f"there is no {path}: {again}")
+    exported = ExportedModel(path)
+    for name, default in vars(ExportConfig()).items():
+        asked, found = getattr(config.export, name), exported.options.get(name)
+        if name != "format" and asked != default and asked != found:
+            raise ConfigError(f"export.{name}={asked}: {path} has {found}; {again} anew")
+    return path
 
 
 def export_file(model: IntegerModel, directory: RunDirectory, config: RunConfig, data: DataModule) -> Path:

@@ -12,7 +12,7 @@ from torch import fx
 
 from lowprec.config import ConfigError, RunConfig
 from lowprec.cost import cost
-from lowprec.export.runtime import ExportedModel
+from lowprec.export.runtime import RUNTIME_NAMES, ExportedModel
 from lowprec.integer.fast import FastModel
 from lowprec.integer.packed import load
 from lowprec.models import load_checkpoint
@@ -20,7 +20,7 @@ from lowprec.prepare import prepare
 from lowprec.report.summary import Summary, cost_rows, cost_summary
 from lowprec.run.data import evaluation_images, published_data_config, run_data
 from lowprec.run.directory import RunDirectory
-from lowprec.run.export import export_file, exported_file
+from lowprec.run.export import check_exported, export_file, exported_file
 from lowprec.run.full_precision import build_model
 from lowprec.training.checkpoints import BEST
 from lowprec.training.evaluation import top1
@@ -50,14 +50,16 @@ def finished_run(config: RunConfig) -> RunDirectory:
 def evaluate_run(config: RunConfig, console: Console) -> Summary:
     """Top-1 of the packed integer model and of the ONNX file on the whole test split, read from the run's files."""
     directory = finished_run(config)
+    exported = ExportedModel(check_exported(directory, config))
     data = run_data(directory.config)
     accuracies = {
         "integer": top1(FastModel(load(directory.model_file)), data.test_dataloader()),
-        "onnx": top1(ExportedModel(directory.onnx_file), data.test_dataloader()),
+        "onnx": top1(exported, data.test_dataloader()),
     }
     table = Table("file", "top-1", title=f"{directory.path}, {data.sizes['test']:,} test images", title_justify="left")
     table.add_row(directory.model_file.name, f"{accuracies['integer']:.2%}")
-    table.add_row(directory.onnx_file.name, f"{accuracies['onnx']:.2%}")
+    runtime = RUNTIME_NAMES[exported.runtime]
+    table.add_row(f"{exported_file(directory, config).name} in {runtime}", f"{accuracies['onnx']:.2%}")
     console.print(table)
     return {name: {"top1": value} for name, value in accuracies.items()}
 
@@ -71,7 +73,7 @@ def verify_run(config: RunConfig, console: Console) -> Summary:
     directory = finished_run(config)
     data = run_data(directory.config)
     qmodel = fake_quant_model(directory, data.num_classes, data.input_size)
-    file = exported_file(directory, config)
+    file = check_exported(directory, config)
     report = verify(qmodel, load(directory.model_file), evaluation_images(data, config.verify.images), onnx=file)
     console.print(str(report))
     report.raise_if_different()
@@ -116,8 +118,8 @@ def fake_quant_model(directory: RunDirectory, num_classes: int, input_size: tupl
     config = directory.config
     model = build_model(config, num_classes=num_classes).eval()
     qmodel = prepare(model, config.recipe, torch.zeros(2, *input_size))
-    best = directory.checkpoints / BEST
-    load_checkpoint(qmodel, best if best.is_file() else directory.post_training_file)
+    fine_tuned = config.trainer.max_epochs > 0
+    load_checkpoint(qmodel, directory.checkpoints / BEST if fine_tuned else directory.post_training_file)
     qmodel.eval()
     return qmodel
 

@@ -1,6 +1,7 @@
 """Recognising operators: each form of each, and a name for everything that has no integer form."""
 
 import operator
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -209,3 +210,63 @@ def test_with_accumulator_residuals_a_convolution_takes_in_add_and_activation() 
 
 def test_outputs_that_are_not_one_tensor() -> None:
     assert "an output that is not one tensor" in faults(lambda m, x: (m.conv(x), x))  # type: ignore[arg-type, return-value]
+
+
+class Given(nn.Module):
+    """A module or a function behind a convolution of 4 channels."""
+
+    def __init__(self, after: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.after = nn.Conv2d(3, 4, 3, padding=1), after
+        self.order = nn.Buffer(torch.tensor([1, 0, 3, 2]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.conv(x))
+
+
+def hooked() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.weight_norm(nn.Conv2d(4, 4, 1))
+
+
+@pytest.mark.parametrize(
+    ("after", "expected"),
+    [
+        (nn.Conv2d(4, 4, 3, padding="same"), "Conv2d at after .*: padding='same'; give numbers"),
+        (nn.Conv2d(4, 4, 3, padding_mode="reflect"), "Conv2d at after .*: padding_mode='reflect'"),
+        (nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1)), "ParametrizedConv2d at after .*remove_param"),
+        (hooked(), "Conv2d at after .*: its weight is computed by a hook"),
+        (nn.BatchNorm2d(4, track_running_stats=False), "BatchNorm2d at after .*: track_running_stats=False"),
+        (nn.AvgPool2d(2, divisor_override=3), "AvgPool2d at after .*: divisor_override=3"),
+        (nn.AvgPool2d(3, 2, 1, ceil_mode=True), "AvgPool2d at after .*: ceil_mode=True"),
+        (nn.AdaptiveAvgPool2d(2), "AdaptiveAvgPool2d at after .*: output_size=2; only 1"),
+        (nn.MaxPool2d(2, return_indices=True), "MaxPool2d at after .*: return_indices=True"),
+        (nn.Upsample(scale_factor=2, mode="bicubic"), "Upsample at after .*: mode='bicubic'"),
+        (nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True), "Upsample at after .*: align_corners=True"),
+        (nn.Upsample(size=8), "Upsample at after .*: size; give scale_factor"),
+        (nn.LayerNorm((4, 8, 8)), r"LayerNorm at after .*: normalized_shape=\[4, 8, 8\]"),
+        (lambda x: torch.add(x, x, alpha=2), r"add\(\) .*: alpha=2; multiply first"),
+        (lambda x: x - x.relu(), r"sub\(\) .*: of a tensor and a number only"),
+        (lambda x: x + x.size(1), r"add\(\) .*: a number that is taken from the image's shape"),
+        (lambda x: functional.pad(x, (1, 1), value=2.0), r"pad\(\) .*: value=2\.0; only 0"),
+        (lambda x: functional.pad(x, (1, 1), mode="reflect"), r"pad\(\) .*: mode='reflect'"),
+        (lambda x: functional.interpolate(x, scale_factor=1.5), r"interpolate\(\) .*: scale_factor=1\.5"),
+        (lambda x: functional.avg_pool2d(x, x.shape[2]), r"avg_pool2d\(\) .*: kernel_size is taken from"),
+        (lambda x: functional.avg_pool2d(x, 2, divisor_override=3), r"avg_pool2d\(\) .*: divisor_override=3"),
+    ],
+)
+def test_the_argument_at_fault_is_named(after: Callable[[Tensor], Tensor], expected: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=expected) as caught:
+        plan(trace(Given(after)))
+    # And the line of the call.
+    assert "test_planning.py, line" in str(caught.value)
+
+
+def test_indices_that_are_a_buffer_are_named() -> None:
+    class Ordered(Given):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x)[:, self.order]
+
+    with pytest.raises(UnsupportedModelError, match=r"getitem\(\) .*: indices that are a tensor; write them as a list"):
+        plan(trace(Ordered(nn.ReLU())))

@@ -40,11 +40,15 @@ from lowprec.integer.operators import (
 
 RECIPES = ("w2a8_n4", "w2a8_n64", "w4a8_n4", "w8a8")
 UNSIGNED, SIGNED = (0, 255), (-128, 127)
+# A model made by hand takes whatever is given to it first.
+OF_THE_IMAGES = (-1, -1, -1)
 UNIT: dict[str, Any] = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
 
 
 def assert_equal(imodel: IntegerModel, *batches: Tensor) -> FastModel:
     """Every step's codes and the logits, on each batch, by ``==``."""
+    if imodel.image_shape == OF_THE_IMAGES:
+        imodel.image_shape = tuple(batches[0].shape[1:])  # type: ignore[assignment]
     fast = FastModel(imodel)
     for x in batches:
         expected, found = imodel.codes(x), fast.codes(x)
@@ -92,7 +96,7 @@ def test_timm_models_give_equal_codes(name: str, recipe: str, side: int) -> None
 def model_around(operator: IntegerOperator, *sources: Grid) -> IntegerModel:
     """The operator after one input a source; all of them take the same images."""
     inputs = [Step(f"input_{index}", (), IntegerInput(grid)) for index, grid in enumerate(sources)]
-    return IntegerModel([*inputs, Step("operator", tuple(step.name for step in inputs), operator)], (1, 1, 1))
+    return IntegerModel([*inputs, Step("operator", tuple(step.name for step in inputs), operator)], OF_THE_IMAGES)
 
 
 def whole_images(seed: int, *shape: int) -> Tensor:

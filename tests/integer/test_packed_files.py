@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import lowprec
+from lowprec import files
 from lowprec.integer import packed
 from lowprec.integer.model import IntegerModel
 from lowprec.integer.operators import IntegerLayer
@@ -130,6 +131,32 @@ def test_a_later_version_is_refused(tiny: IntegerModel, tmp_path: Path, monkeypa
         lowprec.load(tmp_path / "model.safetensors")
 
 
+def test_an_earlier_version_is_to_be_exported_again(
+    tiny: IntegerModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as earlier:
+        earlier.setattr(packed, "VERSION", packed.VERSION - 1)
+        lowprec.save(tiny, tmp_path / "model.safetensors")
+    with pytest.raises(PackedFileError, match=r"version 1, this lowprec reads version 2: export it again"):
+        lowprec.load(tmp_path / "model.safetensors")
+
+
+def test_an_unknown_operator_names_itself(tiny: IntegerModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lowprec.save(tiny, tmp_path / "model.safetensors")
+    monkeypatch.delitem(packed.OPERATORS, "linear")
+    with pytest.raises(PackedFileError, match=r"operators that this lowprec does not know \(linear\): update it"):
+        lowprec.load(tmp_path / "model.safetensors")
+
+
+def test_a_place_that_no_file_can_have_is_named(tiny: IntegerModel, tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError, match=r"a folder; give the name of a file in it: .*inside"):
+        (tmp_path / "inside").mkdir()
+        lowprec.save(tiny, tmp_path / "inside")
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere to write to.*nowhere/model"):
+        lowprec.save(tiny, tmp_path / "nowhere" / "model.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["inside"]
+
+
 def test_a_failed_save_leaves_the_old_file_alone(
     file: Path, tiny: IntegerModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,7 +165,7 @@ def test_a_failed_save_leaves_the_old_file_alone(
     def full_disk(descriptor: int) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(packed.os, "fsync", full_disk)
+    monkeypatch.setattr(files.os, "fsync", full_disk)
     with pytest.raises(OSError, match="no space left"):
         lowprec.save(tiny, file)
     assert file.read_bytes() == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import signal
 import struct
@@ -318,6 +319,68 @@ def test_as_many_images_are_verified_as_were_asked_for(count: int, digits_run: F
         "compared_codes": whole["compared_codes"] // whole["images"] * images,
         "mismatched_codes": 0,
     }
+
+
+@pytest.mark.parametrize("task", ["verify", "evaluate"])
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (
+            "export.runtime=openvino",
+            r"export.runtime=openvino: .*model.onnx has onnxruntime; .*task=export writes it anew",
+        ),
+        ("export.batch_size=1", r"export.batch_size=1: .* has None"),
+        ("export.opset=20", r"export.opset=20: .* has 18"),
+        ("export.format=packed", r"there is no .*model.packed.onnx: the same command with task=export writes one"),
+    ],
+)
+def test_a_file_that_is_not_what_the_command_says_is_not_taken_for_it(
+    task: str, option: str, message: str, digits_run: FinishedRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = compose("experiment=digits_smoke", f"runs_dir={digits_run.runs_dir}", f"task={task}", option)
+    assert run_to_exit_code(config) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_missing_checkpoint_of_the_fine_tuning_is_named(
+    copied_digits_run: Callable[[], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = copied_digits_run()
+    (runs / "digits_smoke" / "checkpoints" / "best.safetensors").unlink()
+    assert run_to_exit_code(compose("experiment=digits_smoke", f"runs_dir={runs}", "task=verify")) == 1
+    assert "best.safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", ["one_batch", "overfit", "profile"])
+def test_debug_modes_go_through_all_stages(
+    mode: str, copied_digits_run: Callable[[], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = copied_digits_run()
+    overrides = [
+        "experiment=digits_smoke",
+        "trainer=debug",
+        f"trainer.debug={mode}",
+        f"runs_dir={runs}",
+        "run_id=debug",
+    ]
+    overrides += [
+        "trainer.threads=1",
+        "trainer.max_epochs=8",
+        "trainer.precision=32",
+        "data.batch_size=32",
+        "verify.images=20",
+    ]
+    assert run(compose(*overrides, "baseline.max_epochs=2"))["verify"]["mismatched_codes"] == 0
+    with (runs / "debug" / "metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["train/loss"]]
+    if mode == "overfit":
+        assert len(rows) == 8
+        assert float(rows[-1]["train/loss"]) < float(rows[0]["train/loss"])
+    else:
+        assert len(rows) == 1
+    assert ((runs / "debug" / "profile.txt").is_file()) == (mode == "profile")
+    # Baselines of a debug mode are kept apart.
+    assert len(list((runs / "baselines").glob("*.safetensors"))) == 2
 
 
 def test_a_finished_run_is_exported_for_openvino_and_verified_there(
