@@ -62,8 +62,9 @@ def exponent_for(largest: Tensor, limit: int) -> Tensor:
     MINIMUM_EXPONENT ... MAXIMUM_EXPONENT.
     """
     wide = largest.to(torch.float64)
-    # largest < limit · 2^e holds for e from frexp; one less may still round into the limit.
-    _, exponent = torch.frexp(wide / limit)
+    # largest < limit · 2^e holds for frexp's e, here from the bits of a float64 (TorchInductor writes code for frexp that
+    # does not compile); one less may still round into the limit.
+    exponent = ((wide / limit).view(torch.int64) >> 52) - 1022
     exponent = exponent.clamp(MINIMUM_EXPONENT, MAXIMUM_EXPONENT)
     smaller = (exponent - 1).clamp(min=MINIMUM_EXPONENT)
     fits = round_half_even(scale_by_power_of_two(wide, -smaller)) <= limit

@@ -37,6 +37,7 @@ _IRRELEVANT_WARNINGS = (
     ".*does not have a deterministic implementation.*",
     ".*LeafSpec.*",
     ".*sync_dist=True.*",
+    ".*Grad strides do not match bucket view strides.*",
     ".*`srun` command is available.*",
 )
 # What Lightning is told in each debug mode.

@@ -25,8 +25,9 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slurm
 
-EPOCHS = 24
+EPOCHS = 36
 PATIENCE = 240.0
+ENDS = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL")
 TRAINING = (
     *(
         "experiment=digits_smoke",
@@ -92,10 +93,15 @@ class Job:
         def ended() -> bool:
             if self.state == "PENDING":
                 subprocess.run(["scontrol", "update", f"jobid={self.id}", "StartTime=now"], capture_output=True)
-            return self.state in ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL")
+            return self.state in ENDS and self.stays_ended()
 
         wait_for(ended, f"the end of {self.name}\n{self.output}")
         assert self.state == "COMPLETED", self.output
+
+    def stays_ended(self) -> bool:
+        """A job that is being requeued looks failed for a moment."""
+        time.sleep(4)
+        return self.state in ENDS
 
     @property
     def restarts(self) -> int:
@@ -181,8 +187,8 @@ def test_a_job_that_is_requeued_comes_back_to_the_same_bits(folder: Path, undist
 def test_a_job_that_is_warned_before_its_time_is_over_comes_back_to_the_same_bits(
     folder: Path, undisturbed: Job
 ) -> None:
-    # SLURM gives the signal up to a minute before it is due: soon after the start of a job of one minute.
-    job = Job(folder, "warned", "slurm.time_minutes=1", "slurm.signal_seconds=40")
+    # SLURM gives the signal half a minute before it is due, so 30 seconds after the start.
+    job = Job(folder, "warned", "slurm.time_minutes=2", "slurm.signal_seconds=60")
     job.ends()
     assert "stopped by SIGUSR1; the same command goes on" in job.output
     assert job.restarts >= 1

@@ -189,6 +189,20 @@ class Poison(Callback):
                 torch.nn.init.constant_(parameter, float("nan"))
 
 
+@pytest.mark.slow
+def test_a_compiled_training_step_is_the_plain_one(data: DataModule) -> None:
+    images = torch.randn(16, *data.input_size, generator=torch.Generator().manual_seed(0))
+    outputs, gradients = [], []
+    for compiled in (False, True):
+        module = Classification(fake_quant_model(data), OptimConfig(), compiled=compiled).train()
+        outputs.append(module(images))
+        outputs[-1].square().sum().backward()
+        gradients.append([parameter.grad for parameter in module.model.parameters()])
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-5)
+    for found, expected in zip(gradients[1], gradients[0], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
 def test_a_diverged_training_stops_and_keeps_what_was_good(data: DataModule, tmp_path: Path) -> None:
     model = create_model("cifar_resnet8", in_channels=1, num_classes=10, width=4)
     with pytest.raises(TrainingDiverged, match=r"training diverged at step \d+ \(epoch 2\): the loss is nan"):
