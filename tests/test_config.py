@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+from hydra.errors import MissingConfigException
 
 from lowprec.config import ConfigError, RunConfig, schema_keys
-from lowprec.run.compose import compose_run, run_name
+from lowprec.run.compose import compose_run, explain, run_name
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG_FOLDER = ROOT / "conf"
@@ -208,3 +209,8 @@ def test_the_configuration_is_checked_before_torch_is_imported() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_launcher_that_is_not_installed_says_how_to_get_it() -> None:
+    error = MissingConfigException("not found", missing_cfg_file="hydra/launcher/submitit_slurm")
+    assert explain(error, []).endswith('pip install "lowprec[slurm]"')

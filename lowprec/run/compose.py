@@ -86,6 +86,8 @@ def run_name(experiment: str, overrides: Iterable[str]) -> str:
 def explain(error: Exception, overrides: Iterable[str]) -> str:
     """One message for what Hydra or OmegaConf could not compose: full key, value, valid choices, nearest valid key."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(error, MissingConfigException) and "submitit" in str(error.missing_cfg_file):
+        return 'hydra/launcher=slurm: submitit is not installed: pip install "lowprec[slurm]"'
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         return f"{group}={choice}: choose one of {', '.join(error.options)}{did_you_mean(choice, error.options)}"
