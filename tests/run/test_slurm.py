@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slurm
 
-EPOCHS = 36
+EPOCHS = 30
 PATIENCE = 240.0
 ENDS = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL")
 TRAINING = (
