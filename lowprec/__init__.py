@@ -19,19 +19,39 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lowprec.calibrate import calibrate
     from lowprec.cost import cost
+    from lowprec.data.normalization import Normalization
+    from lowprec.export.exported_file import ExportedFileError
     from lowprec.export.onnx import ExportOptions, export_onnx
     from lowprec.export.packed_onnx import export_packed_onnx
     from lowprec.export.qonnx import export_qonnx
-    from lowprec.integer.convert import convert
-    from lowprec.integer.packed import load, save
+    from lowprec.export.runtime import ExportedModel, RuntimeMissingError
+    from lowprec.graph.planning import UnsupportedModelError
+    from lowprec.graph.tracing import TracingError
+    from lowprec.integer.convert import ConversionError, convert
+    from lowprec.integer.fast import FastModel
+    from lowprec.integer.model import IntegerModel
+    from lowprec.integer.packed import PackedFileError, load, save
     from lowprec.numerics.solve import solve
     from lowprec.prepare import prepare
-    from lowprec.recipe import Recipe
+    from lowprec.recipe import Recipe, RecipeError
+    from lowprec.report.verification import VerificationError
     from lowprec.verify import verify
 
 __all__ = [
+    "ConversionError",
     "ExportOptions",
+    "ExportedFileError",
+    "ExportedModel",
+    "FastModel",
+    "IntegerModel",
+    "Normalization",
+    "PackedFileError",
     "Recipe",
+    "RecipeError",
+    "RuntimeMissingError",
+    "TracingError",
+    "UnsupportedModelError",
+    "VerificationError",
     "calibrate",
     "convert",
     "cost",
@@ -49,8 +69,20 @@ __version__ = importlib.metadata.version("lowprec")
 
 # Where each public name lives. Found when first used, so that `import lowprec` and a mistyped command do not wait for torch.
 _HOMES = {
+    "ConversionError": "lowprec.integer.convert",
     "ExportOptions": "lowprec.export.options",
+    "ExportedFileError": "lowprec.export.exported_file",
+    "ExportedModel": "lowprec.export.runtime",
+    "FastModel": "lowprec.integer.fast",
+    "IntegerModel": "lowprec.integer.model",
+    "Normalization": "lowprec.data.normalization",
+    "PackedFileError": "lowprec.integer.packed",
     "Recipe": "lowprec.recipe",
+    "RecipeError": "lowprec.recipe",
+    "RuntimeMissingError": "lowprec.export.runtime",
+    "TracingError": "lowprec.graph.tracing",
+    "UnsupportedModelError": "lowprec.graph.planning",
+    "VerificationError": "lowprec.report.verification",
     "calibrate": "lowprec.calibrate",
     "convert": "lowprec.integer.convert",
     "cost": "lowprec.cost",

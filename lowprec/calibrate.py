@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from lowprec.images import check_images, image_batches
 from lowprec.layers import ActivationQuantizer, QuantizedAdd, QuantizedLayer
 from lowprec.numerics.calibrators import choose_exponent
 from lowprec.numerics.fixed_point import dequantize, quantize
-from lowprec.prepare import full_precision
+from lowprec.prepare import expect_prepared, full_precision
 from lowprec.recipe import ActivationScheme
 
 log = logging.getLogger(__name__)
@@ -48,17 +49,17 @@ def calibrate(qmodel: fx.GraphModule, batches: Iterable[Any], batch_norm_correct
     mean' = mean + mean_q − mean_fp, var' = var · var_q / var_fp, with statistics of the same images.
 
     Raises:
-        ValueError: no images; values that are infinite or NaN (the tensor is named); or a model calibrated already whose
-            batch norms would be corrected twice.
+        TypeError: a model that is not prepared, or batches that hold no float32 images.
+        ValueError: no images, or of another number of channels; values that are infinite or NaN (the batch or the tensor is
+            named); or a model calibrated already whose batch norms would be corrected twice.
     """
-    if isinstance(batches, Tensor):
-        raise TypeError("calibrate expects an iterable of batches [B, C, H, W]: give [images] for a single one")
-    images = [batch[0] if isinstance(batch, list | tuple) else batch for batch in batches]
-    images = [batch for batch in images if len(batch)]
+    expect_prepared(qmodel, "calibrate")
+    images = []
+    for name, batch in image_batches(batches, "calibrate"):
+        check_images(batch, qmodel.meta["image_shape"], name, any_size=True)
+        images.append(batch)
     if not images:
         raise ValueError("calibrate got no images: give at least one batch [B, C, H, W]")
-    if "recipe" not in qmodel.meta:
-        raise ValueError("calibrate expects a model made by lowprec.prepare(model, recipe, example_inputs)")
     quantizers = [module for module in qmodel.modules() if isinstance(module, ActivationQuantizer)]
     if batch_norm_correction and any(quantizer.calibrated for quantizer in quantizers):
         raise ValueError(

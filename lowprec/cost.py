@@ -14,9 +14,10 @@ from math import prod
 import torch
 from torch import Tensor, fx, nn
 
+from lowprec.images import check_images, other_sizes_refused
 from lowprec.layers import QuantizedBatchNorm2d, QuantizedLayer, QuantizedLookup, QuantizedMatmul
 from lowprec.numerics.packing import packed_layout
-from lowprec.prepare import full_precision
+from lowprec.prepare import expect_prepared, full_precision
 
 # safetensors' names of the dtypes in a packed file, and the file's fixed parts: length field and metadata.
 _DTYPE_NAMES = {torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32"}
@@ -100,7 +101,16 @@ def cost(qmodel: fx.GraphModule, example_inputs: Tensor) -> Costs:
     """Costs of a prepared model on images of the shape of ``example_inputs`` [B, C, H, W]; no value is read.
 
     The model may lie on the meta device; its state does not change.
+
+    Raises:
+        TypeError: a model that is not prepared, or ``example_inputs`` that are no tensor. ValueError: another shape.
     """
+    expect_prepared(qmodel, "cost")
+    if not isinstance(example_inputs, Tensor):
+        raise TypeError(
+            f"example_inputs must be one tensor of images [B, C, H, W], not {type(example_inputs).__name__}"
+        )
+    check_images(example_inputs.to("meta", torch.float32), qmodel.meta["image_shape"], "example_inputs", any_size=True)
     meta_model = copy.deepcopy(qmodel).to("meta").eval()
     layers: list[LayerCost] = []
 
@@ -115,7 +125,8 @@ def cost(qmodel: fx.GraphModule, example_inputs: Tensor) -> Costs:
         multiplies = isinstance(module, QuantizedLayer | QuantizedMatmul | nn.Conv2d | nn.Linear)
         if multiplies and not isinstance(module, QuantizedBatchNorm2d):
             module.register_forward_hook(record(name))
-    with full_precision(meta_model), torch.no_grad():
+    shape = qmodel.meta["image_shape"]
+    with full_precision(meta_model), torch.no_grad(), other_sizes_refused(example_inputs, shape):
         meta_model(torch.empty(1, *example_inputs.shape[1:], device="meta"))
     return Costs(layers, _full_precision_bytes(qmodel), _packed_bytes(qmodel))
 

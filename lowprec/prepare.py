@@ -14,9 +14,11 @@ from torch import Tensor, fx, nn
 from lowprec.graph.nodes import constant_nodes, module_path, tensors_of
 from lowprec.graph.norm_activations import split_norm_activations
 from lowprec.graph.operation import Operation
-from lowprec.graph.planning import UnsupportedModelError, plan
+from lowprec.graph.planning import UnsupportedModelError, plan, unsupported_error
 from lowprec.graph.pointwise import can_be_negative
-from lowprec.graph.tracing import TracingError, check_same_function, trace
+from lowprec.graph.preconditions import check_example_inputs, check_model
+from lowprec.graph.tracing import TracingError, check_same_function, describe, trace
+from lowprec.integer.convertible import DESCRIPTION, unconvertible
 from lowprec.layers import (
     ActivationQuantizer,
     QuantizedAdd,
@@ -33,7 +35,6 @@ from lowprec.layers import (
     QuantizedUpsample,
     quantized_layers,
 )
-from lowprec.numerics.solvers import check_finite
 from lowprec.recipe import LayerAssignment, LayerTraits, Recipe, WeightScheme
 
 log = logging.getLogger(__name__)
@@ -54,24 +55,18 @@ def prepare(model: nn.Module, recipe: Recipe | str | Path, example_inputs: Tenso
     :func:`lowprec.calibrate` before anything else. A model on the meta device is prepared from shapes alone.
 
     Raises:
-        UnsupportedModelError: operations without an integer form, each named.
-        TracingError: the model cannot be traced faithfully.
+        UnsupportedModelError: operations without an integer form, each named; a model that is compiled, scripted, wrapped
+            or not float32.
+        TracingError: the model cannot be traced faithfully, or itself fails on ``example_inputs``.
         RecipeError: a rule that matches no layer, or an impossible recipe.
-        ValueError: a weight that is infinite or NaN.
+        TypeError, ValueError: a weight that is infinite or NaN; ``example_inputs`` of another type, shape or device.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     recipe.validate()
-    if not isinstance(example_inputs, Tensor):
-        raise TypeError(
-            f"example_inputs must be one tensor of images [B, C, H, W], not {type(example_inputs).__name__}"
-        )
-    if example_inputs.dim() != 4:
-        raise ValueError(f"example_inputs must have the shape [B, C, H, W], not {list(example_inputs.shape)}")
+    check_model(model)
     if any(isinstance(module, ActivationQuantizer) for module in model.modules()):
         raise ValueError("the model is prepared already: prepare the full-precision model")
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point():
-            check_finite(tensor, name)
+    check_example_inputs(example_inputs, model)
     original, model = model, copy.deepcopy(model)
     traced = trace(model)
     # Against the model that was traced: fused attention rounds otherwise. The rewritten graph is compared with the original.
@@ -91,6 +86,10 @@ def prepare(model: nn.Module, recipe: Recipe | str | Path, example_inputs: Tenso
     traced.meta["assignments"] = assignments
     traced.meta["image_shape"] = tuple(example_inputs.shape[1:])
     traced.train(original.training)
+    with full_precision(traced):
+        faults = unconvertible(traced, traced.meta["image_shape"])
+    if faults:
+        raise unsupported_error(traced, faults)
     _check_rewritten(original, traced, example_inputs)
     return traced
 
@@ -101,6 +100,15 @@ def describe_assignment(assignment: LayerAssignment) -> str:
     clusters = "" if scheme.bits == 8 else f", clusters of {scheme.cluster_size} ({scheme.layout}, {scheme.solver})"
     rules = f" by {', '.join(assignment.rules)}" if assignment.rules else ""
     return f"{assignment.name}: {scheme.bits}-bit weights{clusters}{rules}"
+
+
+def expect_prepared(model: object, function: str) -> None:
+    """Raises TypeError, in the name of ``function``, if ``model`` is no model that :func:`prepare` made."""
+    if not isinstance(model, fx.GraphModule) or "recipe" not in model.meta:
+        raise TypeError(
+            f"{function} expects a fake-quant model, from lowprec.prepare(model, recipe, example_inputs), not "
+            f"{type(model).__name__}"
+        )
 
 
 @contextmanager
@@ -302,7 +310,9 @@ class _Builder:
             inputs.append(self._shortcut(operation))
         with self.graph.inserting_before(operation.anchor):
             node = self.graph.call_module(self._add_module(name, module), tuple(inputs))
-        node.meta = dict(operation.node.meta)
+        target = str(operation.node.target)
+        called = {target: self.traced.get_submodule(target)} if operation.node.op == "call_module" else {}
+        node.meta = {**operation.node.meta, DESCRIPTION: describe(operation.node, called)}
         operation.result.replace_all_uses_with(node)
         for old in reversed([operation.node, *operation.absorbed]):
             self.graph.erase_node(old)

@@ -15,13 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from lowprec.export.exported_file import ExportedFileError
 from lowprec.export.qdq import codes_name, zero_point
 from lowprec.export.runtime import RUNTIME_NAMES, ExportedModel
 from lowprec.graph.nodes import step_names
+from lowprec.images import check_images, image_batches
 from lowprec.integer.fast import FastModel
-from lowprec.integer.model import IntegerModel, Step
-from lowprec.integer.operators import IntegerLayer, logits_of, sum_exponents_like
+from lowprec.integer.model import IntegerModel, Step, expect_integer_model
+from lowprec.integer.operators import IntegerConstant, IntegerLayer, logits_of, sum_exponents_like
 from lowprec.numerics.fixed_point import scale_by_power_of_two
+from lowprec.prepare import expect_prepared
 from lowprec.report.verification import TensorComparison, VerificationError, VerificationReport
 
 # float32 holds every integer up to here, so float32 sums of codes are exact below it.
@@ -42,15 +45,20 @@ def verify(
     """Compares the codes of every tensor on the images of ``batches``; of (images, labels) pairs the images are taken.
 
     The fake-quant side runs in eval mode, in float32 where no sum can leave float32's exact integers, else in float64.
-    onnx: path of the file that :func:`lowprec.export_onnx` wrote; None leaves it out. runtime: ``onnxruntime`` or
+    onnx: path of the file that :func:`lowprec.export_onnx` wrote; None leaves it out. One that was changed since is compared
+    all the same, so that the report names where, and never called equal. runtime: ``onnxruntime`` or
     ``openvino``; None is the one that the file was written for. The report's ``raise_if_different()`` is the gate. Behind
     operators that stay in float (softmax, layer norm) codes may differ: there the classes are compared, and the report never
     calls the models equal.
 
     Raises:
+        TypeError: a model of another kind, or batches that hold no float32 images.
+        ValueError: images of another shape than the model's, or that hold NaN or infinite values; the message names the batch.
         FileNotFoundError: there is no such ONNX file.
-        ValueError: the ONNX file lacks tensors of the integer model: it is another model's.
+        ExportedFileError: the ONNX file is damaged, not for this runtime, or lacks tensors of the integer model.
     """
+    expect_prepared(qmodel, "verify")
+    expect_integer_model(imodel, "verify")
     dtype = torch.float32 if imodel.sum_bound < FLOAT32_EXACT else torch.float64
     fast = FastModel(imodel)
     reference = _FakeQuantCodes(copy.deepcopy(qmodel).cpu().eval().to(dtype))
@@ -59,10 +67,11 @@ def verify(
     report.inexact = imodel.inexact_steps
     counts: dict[tuple[str, str], TensorComparison] = {}
     last = imodel.steps[-1]
-    for batch in batches:
-        images = (batch[0] if isinstance(batch, list | tuple) else batch).cpu().float()
-        if not len(images):
-            continue
+    if exported is not None and not exported.unchanged:
+        report.changed_file = str(onnx)
+    for name, given in image_batches(batches, "verify"):
+        images = given.cpu()
+        check_images(images, imodel.image_shape, name, any_size=imodel.any_size and onnx is None)
         expected = imodel.codes(images)
         found = {FAKE_QUANT: reference.run(images.to(dtype), imodel), FAST: fast.codes(images)}
         if exported is not None:
@@ -122,18 +131,21 @@ class ExportedCodes:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file lacks tensors of the model.
+        ExportedFileError: the file is damaged, or lacks tensors of the model.
     """
 
     def __init__(self, path: str | Path, imodel: IntegerModel, runtime: str | None = None) -> None:
         self.steps = [step for step in imodel.steps if step.operator.output is not None]
         self.last = imodel.steps[-1]
-        self.exported = ExportedModel(path, runtime)
+        self.exported = ExportedModel(path, runtime, changed=True)
+        self.unchanged = self.exported.unchanged
         names = [codes_name(step.name) for step in self.steps]
         missing = [step.name for step, name in zip(self.steps, names, strict=True) if name not in self.exported.tensors]
         if missing:
-            raise ValueError(f"{path} is not the export of this model: it has no codes of {', '.join(missing[:5])}")
-        self.opened = ExportedModel(path, runtime, outputs=names)
+            raise ExportedFileError(
+                f"{path} is not the export of this model: it has no codes of {', '.join(missing[:5])}"
+            )
+        self.opened = ExportedModel(path, runtime, outputs=names, changed=True)
 
     @property
     def name(self) -> str:
@@ -143,6 +155,11 @@ class ExportedCodes:
     def run(self, images: Tensor) -> dict[str, Tensor]:
         """Codes by step name, float64, zero points taken off; the last step's 32-bit sums if it has no grid."""
         codes = self.opened.run([codes_name(step.name) for step in self.steps], images)
+        # A constant is the same in every part of the images that a fixed batch makes.
+        codes = [
+            array[: len(step.operator.codes)] if isinstance(step.operator, IntegerConstant) else array
+            for step, array in zip(self.steps, codes, strict=True)
+        ]
         results = {
             step.name: torch.from_numpy(array.astype(np.float64)) - zero_point(step.operator.output)  # type: ignore[arg-type]
             for step, array in zip(self.steps, codes, strict=True)

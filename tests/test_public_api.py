@@ -24,6 +24,18 @@ NAMES = (
     "load",
     "cost",
     "solve",
+    "FastModel",
+    "ExportedModel",
+    "IntegerModel",
+    "Normalization",
+    "ConversionError",
+    "ExportedFileError",
+    "PackedFileError",
+    "RecipeError",
+    "RuntimeMissingError",
+    "TracingError",
+    "UnsupportedModelError",
+    "VerificationError",
 )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,8 +76,14 @@ def test_an_unchanged_model_agrees(qmodel: fx.GraphModule, imodel: IntegerModel,
     assert report.compared_codes == 3 * sum(codes.numel() for codes in imodel.codes(images(1, 5, SHAPE)).values())
     report.raise_if_different()
     lines = str(report).splitlines()
-    assert len(lines) == 2 + 3 * len(imodel.steps)
-    assert lines[-1] == f"5 images, {report.compared_codes:,} codes compared, 0 differ"
+    assert len(lines) == 4  # one for each implementation, and all
+    assert lines[0].startswith(f"{FAKE_QUANT}: {len(imodel.steps)} tensors, ")
+    assert len(report.details().splitlines()) == 1 + 3 * len(imodel.steps) + 4
+    assert (
+        report.details().splitlines()[-1]
+        == lines[-1]
+        == f"5 images, {report.compared_codes:,} codes compared, 0 differ"
+    )
 
 
 def test_without_a_file_onnx_runtime_is_left_out(qmodel: fx.GraphModule, imodel: IntegerModel) -> None:
@@ -176,6 +184,61 @@ def test_comparing_nothing_is_no_proof(qmodel: fx.GraphModule, imodel: IntegerMo
     report = lowprec.verify(qmodel, imodel, batches)
     with pytest.raises(VerificationError, match="nothing was compared"):
         report.raise_if_different()
+
+
+def test_a_printed_report_lists_what_differs(qmodel: fx.GraphModule, imodel: IntegerModel) -> None:
+    name = conv_name(imodel)
+    report = lowprec.verify(qmodel, mutated(imodel, name, "bias", (1,), 200), [images(1, 1, SHAPE)])
+    differing = [c.tensor for c in report.comparisons if c.mismatched]
+    lines = str(report).splitlines()
+    assert lines[0].startswith("tensor ")
+    assert [line.split()[0] for line in lines[1 : 1 + len(differing)]] == differing
+    assert lines[1].startswith(f"{name} ")
+    assert lines[-1].startswith("1 image, ")
+    assert len(lines) == 1 + len(differing) + 3
+    assert len(lines) < len(report.details().splitlines())
+
+
+@pytest.mark.parametrize(
+    ("batches", "kind", "message"),
+    [
+        (lambda x: [x, x * float("nan")], ValueError, "the images of batch 1 hold NaN"),
+        (lambda x: [x / 0], ValueError, "the images of batch 0 hold"),
+        (lambda x: x, TypeError, r"verify expects an iterable of batches .*give \[images\]"),
+        (lambda x: [{"image": x}], TypeError, "the images of batch 0 are dict: verify expects tensors"),
+        (lambda x: [x.numpy()], TypeError, "the images of batch 0 are ndarray"),
+        (lambda x: [x.half()], TypeError, r"batch 0 must be float32, not float16: call \.float\(\)"),
+        (lambda x: [(x, x), (x.to(torch.uint8), x)], TypeError, "batch 1 must be float32, not uint8: pixels"),
+        (lambda x: [x[0]], ValueError, r"batch 0 have the shape \[1, 12, 12\]; the model takes \[B, 1, H, W\]"),
+        (lambda x: [x.expand(-1, 3, -1, -1)], ValueError, r"have the shape \[2, 3, 12, 12\]"),
+    ],
+)
+def test_images_that_cannot_be_compared_name_their_batch(
+    qmodel: fx.GraphModule,
+    imodel: IntegerModel,
+    batches: Callable[[Tensor], Any],
+    kind: type[Exception],
+    message: str,
+) -> None:
+    with pytest.raises(kind, match=message):
+        lowprec.verify(qmodel, imodel, batches(images(1, 2, SHAPE)))
+
+
+def test_models_in_the_wrong_place_are_told(qmodel: fx.GraphModule, imodel: IntegerModel) -> None:
+    with pytest.raises(TypeError, match=r"fake-quant model, from lowprec\.prepare\(.*\), not IntegerModel"):
+        lowprec.verify(imodel, qmodel, [])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"verify expects an integer model, from lowprec\.convert\(qmodel\), not "):
+        lowprec.verify(qmodel, qmodel, [])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"verify expects a fake-quant model, .* not CifarResNet"):
+        lowprec.verify(CifarResNet(8), imodel, [])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"calibrate expects a fake-quant model, .* not CifarResNet"):
+        lowprec.calibrate(CifarResNet(8), [])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"cost expects a fake-quant model, .* not IntegerModel"):
+        lowprec.cost(imodel, images(1, 2, SHAPE))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"convert expects a fake-quant model, .* not IntegerModel"):
+        lowprec.convert(imodel)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"FastModel expects an integer model, .* not "):
+        lowprec.FastModel(qmodel)  # type: ignore[arg-type]
 
 
 def test_verify_leaves_both_models_as_they_are(qmodel: fx.GraphModule, imodel: IntegerModel) -> None:

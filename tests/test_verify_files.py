@@ -76,7 +76,22 @@ def test_one_changed_number_in_an_onnx_file_is_found_and_named(
     message = (
         rf"the first in {name} \({kind} against the integer executor: {first.mismatched} of {first.compared}, by up to"
     )
-    with pytest.raises(VerificationError, match=message):
+    assert f"{file} was changed or damaged after it was exported" in str(report)
+    with pytest.raises(VerificationError, match=rf"{message}.*model\.onnx was changed or damaged.*export it again"):
+        report.raise_if_different()
+
+
+def test_a_change_that_no_image_shows_is_damage(models: tuple[fx.GraphModule, IntegerModel], tmp_path: Path) -> None:
+    qmodel, imodel = models
+    file = tmp_path / "model.onnx"
+    lowprec.export_onnx(imodel, file)
+    proto = onnx.load(file)
+    proto.graph.name = "another"
+    onnx.save(proto, file)
+    report = lowprec.verify(qmodel, imodel, [BATCH], onnx=file)
+    assert report.mismatched_codes == 0
+    assert not report.equal
+    with pytest.raises(VerificationError, match=r"no code differs on these images, but .* was changed or damaged"):
         report.raise_if_different()
 
 

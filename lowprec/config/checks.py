@@ -96,7 +96,15 @@ def _check_export(config: RunConfig) -> None:
             "export.format=qonnx: the qonnx package executes such files; task=verify takes int8 or packed"
         )
     _require_choice("export.input", export.input, INPUTS)
-    _require("export.opset", export.opset, export.opset in OPSETS, f"{OPSETS.start} to {OPSETS.stop - 1}")
+    opset = export.opset
+    _require("export.opset", opset, opset is None or opset in OPSETS, f"{OPSETS.start} to {OPSETS.stop - 1}, or null")
+    if export.format == "packed" and opset not in (None, OPSETS.stop - 1):
+        raise ConfigError(f"export.opset={opset}: export.format=packed needs {OPSETS.stop - 1}, or null")
+    for key in ("opset", "batch_size"):
+        if export.format == "qonnx" and getattr(export, key) is not None:
+            raise ConfigError(f"export.{key}={getattr(export, key)}: export.format=qonnx has its own; give null")
+    if export.format == "qonnx" and export.input != "float":
+        raise ConfigError(f"export.input={export.input}: export.format=qonnx takes float images")
     batch = export.batch_size
     _require("export.batch_size", batch, batch is None or batch > 0, "at least 1, or null for any")
     _require("verify.images", images, images is None or images > 0, "at least 1, or null for all")

@@ -187,14 +187,14 @@ class ExportConfig:
     """How the ONNX file is written: see :class:`lowprec.export.options.ExportOptions`.
 
     ``format``: ``int8`` is model.onnx, which every run has; ``packed`` (2- and 4-bit weights) and ``qonnx`` (FINN, hls4ml)
-    are files beside it. ``batch_size`` null leaves the batch open. ``input``: ``float`` (normalised images), ``uint8`` or
-    ``uint8_nhwc`` (pixels, with the data's normalization folded in).
+    are files beside it. ``opset`` null is 18, and 25 for ``packed``. ``batch_size`` null leaves the batch open. ``input``:
+    ``float`` (normalised images), ``uint8`` or ``uint8_nhwc`` (pixels, with the data's normalization folded in).
     """
 
     format: str = "int8"
     runtime: str = "onnxruntime"
     processor: str = "any"
-    opset: int = 18
+    opset: Optional[int] = None  # noqa: UP045
     batch_size: Optional[int] = None  # noqa: UP045
     input: str = "float"
 

@@ -9,15 +9,13 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto, helper
 
+from lowprec.export.exported_file import METADATA, seal
 from lowprec.export.image_input import write_uint8_input
 from lowprec.export.options import ExportOptions
 from lowprec.export.qdq import QdqGraph
 from lowprec.files import whole_file
 from lowprec.integer.model import IntegerModel, Step
 from lowprec.integer.operators import IntegerInput, IntegerLayer
-
-# Key of a file's metadata under which lowprec's own stands, as JSON.
-METADATA = "lowprec"
 
 
 def assemble(
@@ -26,10 +24,12 @@ def assemble(
     write: Callable[[QdqGraph, Step], str],
     opsets: Sequence[onnx.OperatorSetIdProto],
     options: ExportOptions,
+    kind: str,
 ) -> onnx.ModelProto:
     """An ONNX model: ``images``, as the options say, to ``logits`` float.
 
-    write: adds a step's nodes to the graph and returns the tensor that it ends in, as :func:`write_step` does.
+    write: adds a step's nodes to the graph and returns the tensor that it ends in, as :func:`write_step` does. kind: the
+    file's format, one of ``FORMATS``.
     """
     result = ""
     for step in model.steps:
@@ -45,12 +45,12 @@ def assemble(
     batch = options.batch_size or "batch"
     channels, height, width = model.image_shape
     image = (height, width, channels) if options.input == "uint8_nhwc" else model.image_shape
-    kind = TensorProto.FLOAT if options.input == "float" else TensorProto.UINT8
+    pixel = TensorProto.FLOAT if options.input == "float" else TensorProto.UINT8
     shape = graph.shapes[model.steps[-1].name]
     content = helper.make_graph(
         nodes,
         "lowprec",
-        [helper.make_tensor_value_info("images", kind, [batch, *image])],
+        [helper.make_tensor_value_info("images", pixel, [batch, *image])],
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [batch, *shape[1:]])],
         [constant for name, constant in graph.constants.items() if name in read],
     )
@@ -61,7 +61,7 @@ def assemble(
         ir_version=helper.find_min_ir_version_for(standard),
         opset_imports=opsets,
     )
-    helper.set_model_props(proto, {METADATA: json.dumps(_metadata(model, options))})
+    helper.set_model_props(proto, {METADATA: json.dumps(_metadata(model, options, kind))})
     return proto
 
 
@@ -75,12 +75,6 @@ def _needed(nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
     return kept[::-1]
 
 
-def metadata(proto: onnx.ModelProto) -> dict[str, object]:
-    """What lowprec wrote into a file beside its graph; empty for files of others."""
-    texts = {entry.key: entry.value for entry in proto.metadata_props}
-    return dict(json.loads(texts[METADATA])) if METADATA in texts else {}
-
-
 def check_and_write(proto: onnx.ModelProto, path: Path) -> None:
     """Checks a model with ONNX's own checker, writes it to a temporary name and renames it: a file is whole or absent."""
     onnx.checker.check_model(proto, full_check=True)
@@ -88,17 +82,10 @@ def check_and_write(proto: onnx.ModelProto, path: Path) -> None:
 
 
 def write_proto(proto: onnx.ModelProto, path: Path) -> None:
-    """Writes a model to a temporary name and renames it."""
+    """Writes a model, with its checksum, to a temporary name and renames it."""
+    seal(proto)
     with whole_file(path) as temporary:
         onnx.save(proto, temporary)
-
-
-def check_model(model: object, function: str) -> None:
-    """Raises TypeError if ``model`` is not an integer model; ``function`` is what was called."""
-    if not isinstance(model, IntegerModel):
-        raise TypeError(
-            f"{function} expects an integer model, from lowprec.convert(qmodel), not {type(model).__name__}"
-        )
 
 
 def layers_by_weight(model: IntegerModel) -> dict[str, IntegerLayer]:
@@ -106,9 +93,10 @@ def layers_by_weight(model: IntegerModel) -> dict[str, IntegerLayer]:
     return {f"{step.name}.weight": step.operator for step in model.steps if isinstance(step.operator, IntegerLayer)}
 
 
-def _metadata(model: IntegerModel, options: ExportOptions) -> dict[str, object]:
+def _metadata(model: IntegerModel, options: ExportOptions, kind: str) -> dict[str, object]:
     return {
         **model.metadata,
+        "format": kind,
         "runtime": options.runtime,
         "processor": options.processor,
         "input": options.input,

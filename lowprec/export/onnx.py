@@ -14,12 +14,13 @@ from pathlib import Path
 from onnx import helper
 
 from lowprec.export import openvino
-from lowprec.export.assembly import assemble, check_and_write, check_model
+from lowprec.export.assembly import assemble, check_and_write
 from lowprec.export.operators import write_step
-from lowprec.export.options import ExportOptions
+from lowprec.export.options import DEFAULT_OPSET, ExportOptions, checked_options
 from lowprec.export.qdq import QdqGraph
-from lowprec.integer.model import IntegerModel
+from lowprec.integer.model import IntegerModel, expect_integer_model
 from lowprec.integer.operators import FloatLayerNorm
+from lowprec.targets import writable_path
 
 # The first operator set with LayerNormalization.
 LAYER_NORM_OPSET = 17
@@ -35,20 +36,22 @@ def export_onnx(model: IntegerModel, path: str | Path, options: ExportOptions | 
 
     Raises:
         TypeError: ``model`` is not an integer model. ValueError: an option that cannot be, a layer whose sums no runtime
-            holds exactly, or runtime openvino for a model that computes partly in float.
+            holds exactly, or runtime openvino for a model that computes partly in float. OSError: ``path`` is a folder or
+            lies in none.
     """
-    check_model(model, "export_onnx")
-    options = options or ExportOptions()
-    options.validate()
+    expect_integer_model(model, "export_onnx")
+    path, shapes = writable_path(path), model.shapes()
+    options = checked_options(options, shapes[model.steps[-1].name])
+    opset = DEFAULT_OPSET if options.opset is None else options.opset
     if options.runtime == openvino.NAME and model.inexact_steps:
         first = next(step.name for step in model.steps if step.name in model.inexact_steps)
         raise ValueError(
-            f"export.runtime=openvino: {first} computes in float, and OpenVINO fuses such models in ways that change codes "
-            "(measured with 2026.4); choose export.runtime=onnxruntime"
+            f"runtime=openvino: {first} computes in float, and OpenVINO fuses such models in ways that change codes "
+            "(measured with 2026.4); choose runtime=onnxruntime"
         )
     norm = next((step.name for step in model.steps if isinstance(step.operator, FloatLayerNorm)), None)
-    if norm is not None and options.opset < LAYER_NORM_OPSET:
-        raise ValueError(f"export.opset={options.opset}: {norm} is a layer norm; give at least {LAYER_NORM_OPSET}")
-    graph = QdqGraph(model.shapes(), options.runtime, saturates=options.processor == "any")
-    proto = assemble(model, graph, write_step, [helper.make_opsetid("", options.opset)], options)
-    check_and_write(proto, Path(path))
+    if norm is not None and opset < LAYER_NORM_OPSET:
+        raise ValueError(f"opset={opset}: {norm} is a layer norm; give at least {LAYER_NORM_OPSET}")
+    graph = QdqGraph(shapes, options.runtime, saturates=options.processor == "any")
+    proto = assemble(model, graph, write_step, [helper.make_opsetid("", opset)], options, "int8")
+    check_and_write(proto, path)

@@ -104,8 +104,8 @@ def divided(graph: QdqGraph, name: str, total: str, sizes: np.ndarray, input: Gr
     largest = int(sizes.max()) << max(-left, 0)
     if largest > LARGEST_DENOMINATOR:
         raise ValueError(
-            f"export.runtime=openvino: {name} averages {int(sizes.max())} codes, too many to round them all right on its "
-            "output's grid; choose export.runtime=onnxruntime"
+            f"runtime=openvino: {name} averages {int(sizes.max())} codes, too many to round them all right on its "
+            "output's grid; choose runtime=onnxruntime"
         )
     # Whole numbers, so that the factors that follow cannot be moved into the sum.
     unit = graph.constant(f"{name}.input_unit", np.ldexp(np.float32(1), -input.exponent))

@@ -28,6 +28,7 @@ from lowprec.integer.operators import (
     IntegerConv2d,
     IntegerExpand,
     IntegerFlatten,
+    IntegerGather,
     IntegerInput,
     IntegerLayer,
     IntegerLinear,
@@ -235,6 +236,10 @@ def _slice(graph: QdqGraph, step: Step, operator: IntegerSlice) -> None:
     _moved(graph, step, "Slice", [_integers(graph, f"{step.name}.{key}", value) for key, value in named.items()])
 
 
+def _gather(graph: QdqGraph, step: Step, operator: IntegerGather) -> None:
+    _moved(graph, step, "Gather", [_integers(graph, f"{step.name}.indices", operator.indices)], axis=operator.axis)
+
+
 def _pad(graph: QdqGraph, step: Step, operator: IntegerPad) -> None:
     before, after = zip(*operator.padding, strict=True)
     sides = _integers(graph, f"{step.name}.sides", (*before, *after))
@@ -271,8 +276,8 @@ def _expand(graph: QdqGraph, step: Step, operator: IntegerExpand) -> None:
         return
     if graph.runtime == openvino.NAME:
         raise ValueError(
-            f"export.runtime=openvino: {name} repeats a parameter for each image, and OpenVINO computes convolutions wrong "
-            "in models that read the batch's size (measured with 2026.4); choose export.runtime=onnxruntime"
+            f"runtime=openvino: {name} repeats a parameter for each image, and OpenVINO computes convolutions wrong "
+            "in models that read the batch's size (measured with 2026.4); choose runtime=onnxruntime"
         )
     every = graph.node("Shape", ["images"], f"{name}.image_shape")
     batch = graph.node("Gather", [every, _integers(graph, f"{name}.first", [0])], f"{name}.batch")
@@ -327,6 +332,7 @@ _WRITERS: dict[type[IntegerOperator], Callable[[QdqGraph, Step, Any], None]] = {
     IntegerReshape: _reshape,
     IntegerPermute: _permute,
     IntegerSlice: _slice,
+    IntegerGather: _gather,
     IntegerPad: _pad,
     IntegerUpsample: _upsample,
     IntegerRoll: _roll,

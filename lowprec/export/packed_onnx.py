@@ -13,19 +13,19 @@ All else is as :mod:`lowprec.export.onnx` writes it.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from onnx import TensorProto, helper
 
-from lowprec.export.assembly import assemble, check_and_write, check_model, layers_by_weight
+from lowprec.export.assembly import assemble, check_and_write, layers_by_weight
 from lowprec.export.operators import write_step
-from lowprec.export.options import ExportOptions
+from lowprec.export.options import ExportOptions, checked_options
 from lowprec.export.qdq import QdqGraph, values_name
-from lowprec.integer.model import IntegerModel
+from lowprec.integer.model import IntegerModel, expect_integer_model
 from lowprec.integer.operators import IntegerLayer
 from lowprec.numerics.effective_codes import CODE_SHIFT
+from lowprec.targets import writable_path
 
 # The first operator set with INT2.
 OPSET = 25
@@ -42,23 +42,25 @@ def export_packed_onnx(model: IntegerModel, path: str | Path, options: ExportOpt
 
     Raises:
         TypeError: ``model`` is not an integer model, or a step has no ONNX form. ValueError: an option that cannot be.
+        OSError: ``path`` is a folder or lies in none.
     """
-    check_model(model, "export_packed_onnx")
-    options = replace(options or ExportOptions(), opset=OPSET)
-    options.validate()
+    expect_integer_model(model, "export_packed_onnx")
+    path, graph = writable_path(path), PackedGraph(model)
+    options = checked_options(options, graph.shapes[model.steps[-1].name])
+    graph.saturates = options.processor == "any"
     if options.runtime != "onnxruntime":
-        raise ValueError(f"export.runtime={options.runtime}: packed weights are for onnxruntime")
-    proto = assemble(
-        model, PackedGraph(model, options.processor == "any"), write_step, [helper.make_opsetid("", OPSET)], options
-    )
-    check_and_write(proto, Path(path))
+        raise ValueError(f"runtime={options.runtime}: packed weights are for onnxruntime")
+    if options.opset not in (None, OPSET):
+        raise ValueError(f"opset={options.opset}: packed weights need {OPSET}, or None (null)")
+    proto = assemble(model, graph, write_step, [helper.make_opsetid("", OPSET)], options, "packed")
+    check_and_write(proto, path)
 
 
 class PackedGraph(QdqGraph):
     """A :class:`QdqGraph` whose constants take as few bytes as they can."""
 
-    def __init__(self, model: IntegerModel, saturates: bool) -> None:
-        super().__init__(model.shapes(), saturates=saturates)
+    def __init__(self, model: IntegerModel) -> None:
+        super().__init__(model.shapes())
         self.layers = layers_by_weight(model)
 
     def dequantize_constant(self, name: str, codes: np.ndarray, exponents: np.ndarray, offset: int, axis: int) -> str:

@@ -23,11 +23,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from lowprec.export.assembly import assemble, check_model, layers_by_weight, write_proto
+from lowprec.export.assembly import assemble, layers_by_weight, write_proto
 from lowprec.export.operators import write_step
 from lowprec.export.options import ExportOptions
 from lowprec.export.qdq import QdqGraph, codes_name, values_name
-from lowprec.integer.model import IntegerModel, Step
+from lowprec.integer.model import IntegerModel, Step, expect_integer_model
 from lowprec.integer.operators import (
     Grid,
     IntegerAdd,
@@ -35,6 +35,7 @@ from lowprec.integer.operators import (
     IntegerConcatenation,
     IntegerConv2d,
     IntegerFlatten,
+    IntegerGather,
     IntegerInput,
     IntegerLayer,
     IntegerLinear,
@@ -49,6 +50,7 @@ from lowprec.integer.operators import (
     IntegerSlice,
     IntegerUpsample,
 )
+from lowprec.targets import writable_path
 
 # What FINN, hls4ml and the transformations of the qonnx package know: later sets give operators other forms.
 OPSET = 13
@@ -74,6 +76,7 @@ SHARED = (
     IntegerReshape,
     IntegerPermute,
     IntegerSlice,
+    IntegerGather,
 )
 
 
@@ -85,16 +88,21 @@ def export_qonnx(model: IntegerModel, path: str | Path, cluster_scales: bool = T
 
     Raises:
         TypeError: ``model`` is not an integer model, or a step has no QONNX form.
-        ValueError: a bias has more than float32's 24 bits, or a tensor is not of 8 bits.
+        ValueError: a bias has more than float32's 24 bits, or a tensor is not of 8 bits. OSError: ``path`` is a folder or
+            lies in none.
     """
-    check_model(model, "export_qonnx")
+    expect_integer_model(model, "export_qonnx")
+    path = writable_path(path)
+    if not isinstance(cluster_scales, bool):
+        raise TypeError(
+            f"cluster_scales must be True or False, not {type(cluster_scales).__name__}: a QONNX file has no other options"
+        )
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
-    proto = assemble(
-        model, QonnxGraph(model, cluster_scales), _write_step, opsets, ExportOptions(opset=OPSET, batch_size=1)
-    )
+    options = ExportOptions(opset=OPSET, batch_size=1)
+    proto = assemble(model, QonnxGraph(model, cluster_scales), _write_step, opsets, options, "qonnx")
     proto.graph.value_info.extend(_shapes(proto))
     onnx.checker.check_model(proto)
-    write_proto(proto, Path(path))
+    write_proto(proto, path)
 
 
 class QonnxGraph(QdqGraph):

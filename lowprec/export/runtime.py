@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor
 
 from lowprec.data.normalization import PIXEL_VALUES, Normalization
-from lowprec.export.assembly import metadata
+from lowprec.export.exported_file import ExportedFileError, is_sealed, metadata, read_exported
 from lowprec.export.options import DEFAULT_OPSET
 from lowprec.export.qdq import QdqGraph, values_name
+from lowprec.images import check_images
 from lowprec.integer.operators import Grid
 
 # (names of outputs, input array) -> the outputs.
@@ -34,18 +36,35 @@ class ExportedModel:
 
     Takes normalised float images whatever the file's input is, and any batch. runtime: None is the one that the file was
     written for. outputs: names of tensors that become outputs beside the logits (which may change what a runtime fuses).
+    changed: whether a file may be run that is not as it was exported; ``unchanged`` says whether it is.
 
     Raises:
-        FileNotFoundError: there is no such file. ValueError: an unknown runtime, or a file for processors with VNNI on one
-            without. RuntimeMissingError: it is not installed.
+        FileNotFoundError: there is no such file. ExportedFileError: it is damaged, or not for this runtime. ValueError: an
+            unknown runtime, or a file for processors with VNNI on one without. RuntimeMissingError: it is not installed.
     """
 
-    def __init__(self, path: str | Path, runtime: str | None = None, outputs: Sequence[str] = ()) -> None:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no ONNX file at {path}: lowprec.export_onnx(imodel, path) writes one")
-        proto = onnx.load(path)
+    def __init__(
+        self, path: str | Path, runtime: str | None = None, outputs: Sequence[str] = (), changed: bool = False
+    ) -> None:
+        self.path = path
+        proto = read_exported(path)
         known = metadata(proto)
-        self.runtime = str(runtime or known.get("runtime", "onnxruntime"))
+        self.unchanged = is_sealed(proto)
+        if not self.unchanged and not changed:
+            raise ExportedFileError(f"{path} was changed or damaged after it was exported: export it again")
+        self.runtime = str(runtime or known["runtime"])
+        if self.runtime not in RUNTIME_NAMES:
+            raise ValueError(f"runtime={self.runtime!r}: choose one of {', '.join(RUNTIME_NAMES)}")
+        if known["format"] == "qonnx":
+            raise ExportedFileError(
+                f"{path} is for the qonnx package, FINN and hls4ml: {RUNTIME_NAMES[self.runtime]} takes files of "
+                "lowprec.export_onnx"
+            )
+        if known["format"] == "packed" and self.runtime != "onnxruntime":
+            raise ExportedFileError(
+                f"{path} holds packed weights, which ONNX Runtime alone takes: for {RUNTIME_NAMES[self.runtime]} write a file "
+                f"with lowprec.export_onnx(imodel, path, lowprec.ExportOptions(runtime={self.runtime!r}))"
+            )
         self.tensors = {name for node in proto.graph.node for name in node.output}
         present = {output.name for output in proto.graph.output}
         for name in outputs:
@@ -57,27 +76,66 @@ class ExportedModel:
         self.normalization = Normalization(**normalization) if normalization else None
         if known.get("processor") == "vnni" and saturates(self.runtime):
             raise ValueError(
-                f"{path} is for processors with VNNI (export.processor=vnni), and {RUNTIME_NAMES[self.runtime]} saturates on "
-                "this one: export with export.processor=any"
+                f"{path} is for processors with VNNI (processor=vnni), and {RUNTIME_NAMES[self.runtime]} saturates on this "
+                "one: export with processor=any"
             )
-        self.batch_size = proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value or None
-        self._run = compile_model(proto.SerializeToString(), self.runtime)
+        sizes = [dimension.dim_value for dimension in proto.graph.input[0].type.tensor_type.shape.dim]
+        if len(sizes) != 4:
+            raise ExportedFileError(f"{path} is damaged: its input is no batch of images. Export it again")
+        self.batch_size = sizes[0] or None
+        image = (sizes[3], *sizes[1:3]) if self.input == "uint8_nhwc" else sizes[1:]
+        self.image_shape: tuple[int, int, int] = tuple(image)
+        # What it was exported with, by the names in ExportOptions.
+        self.options: dict[str, object] = {
+            **{name: known.get(name) for name in ("runtime", "processor", "input")},
+            "batch_size": self.batch_size,
+            "opset": max(opset.version for opset in proto.opset_import if not opset.domain),
+        }
+        with self._failures("load"):
+            self._run = compile_model(proto.SerializeToString(), self.runtime)
 
     def run(self, names: Sequence[str], images: Tensor) -> list[np.ndarray]:
-        """The outputs of these names for images [B, C, H, W]; a fixed batch is filled up with zeros, which are cut off."""
+        """The outputs of these names for images [B, C, H, W]; a fixed batch is filled up with zeros, which are cut off.
+
+        Raises:
+            TypeError: not float32 images. ValueError: another shape, NaN or infinite values, or no pixels where the file takes
+                pixels. ExportedFileError: the runtime cannot compute the file.
+        """
+        check_images(images, self.image_shape)
         inputs = self._inputs(images)
-        if self.batch_size is None:
-            return self._run(names, inputs)
+        # Kernels take no empty batch: it is filled up with one image.
+        size = self.batch_size or max(len(inputs), 1)
         parts = []
-        for start in range(0, len(inputs), self.batch_size):
-            part = inputs[start : start + self.batch_size]
-            padding = [(0, self.batch_size - len(part)), *[(0, 0)] * (part.ndim - 1)]
-            parts.append([array[: len(part)] for array in self._run(names, np.pad(part, padding))])
-        return [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+        for start in range(0, max(len(inputs), 1), size):
+            part = inputs[start : start + size]
+            padding = [(0, size - len(part)), *[(0, 0)] * (part.ndim - 1)]
+            filled = part if len(part) == size else np.pad(part, padding)
+            with self._failures("run"):
+                arrays = self._run(names, filled)
+            # Their share of the first axis, which may count windows of images.
+            parts.append(
+                arrays if filled is part else [array[: -(-len(array) * len(part) // size)] for array in arrays]
+            )
+        return parts[0] if len(parts) == 1 else [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits [B, classes] float32."""
         return torch.from_numpy(self.run(["logits"], images)[0])
+
+    @contextmanager
+    def _failures(self, action: str) -> Iterator[None]:
+        """Within it, what a runtime raises, in types of its own, is an ExportedFileError."""
+        try:
+            yield
+        except (RuntimeMissingError, MemoryError):
+            raise
+        except Exception as error:
+            name = RUNTIME_NAMES[self.runtime]
+            advice = (
+                f"update {name}, or export for an older opset" if self.unchanged else "it is damaged: export it again"
+            )
+            first = str(error).strip().partition("\n")[0]
+            raise ExportedFileError(f"{name} cannot {action} {self.path}; {advice} ({first})") from error
 
     def _inputs(self, images: Tensor) -> np.ndarray:
         if self.normalization is None or self.input == "float":

@@ -35,6 +35,7 @@ _CALLS: set[Any] = {
     "flatten",
     "permute",
     "reshape",
+    "roll",
     "split",
     "squeeze",
     "swapaxes",

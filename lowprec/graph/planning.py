@@ -6,12 +6,14 @@ integer form is collected and named, never passed over.
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 
 from torch import fx, nn
 
 from lowprec.graph.nodes import constant_nodes, number_nodes, only_user
 from lowprec.graph.operation import Operation
+from lowprec.graph.reasons import reason
 from lowprec.graph.recognition import function_activation, is_norm, module_activation, recognise
 from lowprec.graph.tracing import describe
 
@@ -22,6 +24,15 @@ TAKES_ACTIVATION = (*LAYERS, "batch_norm", "add")
 
 class UnsupportedModelError(ValueError):
     """The model holds operations without an integer form; the message names each, and where it stands."""
+
+
+def unsupported_error(traced: fx.GraphModule, faults: list[str]) -> UnsupportedModelError:
+    """The error that names all faults of a model, each once."""
+    shown = "\n  ".join(dict.fromkeys(faults))
+    return UnsupportedModelError(
+        f"{type(traced).__name__} holds operations that have no integer form in this version:\n  {shown}\n"
+        "README.md lists the supported ones. Replace these operations, or choose another model"
+    )
 
 
 def plan(traced: fx.GraphModule, residual: str = "requantized") -> list[Operation]:
@@ -58,8 +69,9 @@ class _Planner:
             if node.op == "output" or not node.users:
                 continue
             operation = recognise(node, self.modules)
-            if operation is None or not self._takes_tensors(operation):
-                unsupported.append(describe(node, self.modules))
+            if operation is None or not self._takes_tensors(operation) or self._indexes_by_tensor(node):
+                why = reason(node, self.modules, self.numbers, self.constants)
+                unsupported.append(f"{describe(node, self.modules)}{f': {why}' if why else ''}")
                 continue
             if operation.kind in TAKES_ACTIVATION:
                 self._absorb(operation)
@@ -68,11 +80,7 @@ class _Planner:
         unsupported += self._called_again()
         unsupported += self._unsupported_inputs_and_outputs()
         if unsupported:
-            shown = "\n  ".join(dict.fromkeys(unsupported))
-            raise UnsupportedModelError(
-                f"{type(self.traced).__name__} holds operations that have no integer form in this version:\n  {shown}\n"
-                "README.md lists the supported ones. Replace these operations, or choose another model"
-            )
+            raise unsupported_error(self.traced, unsupported)
         position = {node: index for index, node in enumerate(self.traced.graph.nodes)}
         return sorted(operations, key=lambda operation: position[operation.anchor])
 
@@ -80,6 +88,10 @@ class _Planner:
         """Whether all inputs are tensors, of the network or constant: not numbers taken from shapes."""
         inputs = operation.inputs
         return (bool(inputs) or operation.kind == "input") and not any(node in self.numbers for node in inputs)
+
+    def _indexes_by_tensor(self, node: fx.Node) -> bool:
+        """Whether the places that are taken of a tensor are a parameter's or a buffer's values."""
+        return node.target is operator.getitem and any(used in self.constants for used in node.all_input_nodes[1:])
 
     def _called_again(self) -> list[str]:
         """Modules with weights that the graph calls several times: one module cannot have several grids."""

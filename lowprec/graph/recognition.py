@@ -68,9 +68,14 @@ def _recognise_module(node: fx.Node, module: nn.Module) -> Operation | None:
         return Operation("lookup", node, inputs, options={"function": function})
     kind: str | None = None
     options: dict[str, Any] = {}
-    if type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str):
+    # A weight that a hook computes is no parameter.
+    trainable = "weight" in module._parameters
+    plain_padding = (
+        isinstance(module, nn.Conv2d) and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    )
+    if type(module) is nn.Conv2d and plain_padding and trainable:
         kind = "convolution"
-    elif type(module) in (nn.Linear, Linear):
+    elif type(module) in (nn.Linear, Linear) and trainable:
         kind = "linear"
     elif isinstance(module, nn.MaxPool2d) and not module.return_indices:
         kind, options = "max_pool", {"module": module}

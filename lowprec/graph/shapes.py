@@ -45,7 +45,9 @@ class Shapes(fx.Interpreter):
         try:
             result = super().run_node(n)
         except (RuntimeError, IndexError, ValueError) as error:
-            raise ShapeError(f"{step_name(n)} does not take any size of the batch: {error}") from error
+            raise ShapeError(
+                f"{step_name(n)} does not take any size of the batch: {error}. Take sizes from x.shape, or give -1"
+            ) from error
         self.found[self.names[n.name]] = tree_map(lambda leaf: leaf.shape if isinstance(leaf, Tensor) else leaf, result)
         return result
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
+import traceback
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -19,6 +23,11 @@ from torch.utils._pytree import tree_leaves
 
 from lowprec.graph.float_operators import LAYER_NORMS
 from lowprec.graph.nodes import argument, module_path
+
+# Code that no user wrote: torch.fx and the modules that only call others.
+_TORCH = str(Path(torch.__file__).parent)
+# Key of a node's meta: file and line of the call in the model's code.
+LINE = "lowprec_line"
 
 
 class TracingError(ValueError):
@@ -43,6 +52,30 @@ class _Tracer(fx.Tracer):
     ) -> Any:
         traceable = _TRACEABLE_FORWARDS.get(type(module))
         return super().call_module(module, partial(traceable, module) if traceable else forward, args, kwargs)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.meta[LINE] = _calling_line(sys._getframe(1)) if node.op.startswith("call") else ""
+        return node
+
+
+def _is_users(filename: str) -> bool:
+    return filename != __file__ and not filename.startswith(_TORCH)
+
+
+def _calling_line(frame: FrameType | None) -> str:
+    """The innermost line of the model's code among the callers; "" where torch's containers alone stand between."""
+    while frame is not None and frame.f_code is not trace.__code__:
+        if _is_users(frame.f_code.co_filename):
+            return f"{frame.f_code.co_filename}, line {frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
+def _failing_line(error: Exception) -> str:
+    """The innermost line of the model's code in an error's traceback, with its text."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
+    return f" at {frames[-1].filename}, line {frames[-1].lineno}: {frames[-1].line}" if frames else ""
 
 
 def _conv_mlp(module: ConvMlp, values: Tensor) -> Tensor:
@@ -93,8 +126,8 @@ def trace(model: nn.Module) -> fx.GraphModule:
         graphs = {training: _Tracer().trace(model.train(training), _defaults(model)) for training in (True, False)}
     except Exception as error:  # torch.fx raises whatever the model's own code raises on proxies
         raise TracingError(
-            f"{type(model).__name__} cannot be traced by torch.fx: {error}. Its control flow may depend on data; wrap "
-            "that part in a module of its own or choose a traceable variant"
+            f"{type(model).__name__} cannot be traced by torch.fx{_failing_line(error)} ({error}). A graph holds no branch, "
+            "loop or Python number that depends on an image or its shape: write that line without one"
         ) from error
     finally:
         for module, training in modes:
@@ -168,12 +201,22 @@ def check_same_function(model: nn.Module, traced: nn.Module, example_inputs: Ten
     Models on the meta device have no values and pass. Neither model's state changes.
 
     Raises:
-        TracingError: the outputs differ.
+        TracingError: the outputs differ, or the model itself fails or gives infinite or NaN outputs.
     """
     if example_inputs.is_meta:
         return
     for training in (False, True):
-        expected = _outputs(model, example_inputs, training)
+        mode = "train" if training else "eval"
+        given = f"example_inputs of the shape {list(example_inputs.shape)}"
+        try:
+            expected = _outputs(model, example_inputs, training)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise TracingError(f"{type(model).__name__} itself fails in {mode} mode on {given}: {error}") from error
+        if not all(bool(torch.isfinite(output).all()) for output in expected):
+            raise TracingError(
+                f"{type(model).__name__} itself gives infinite or NaN outputs in {mode} mode on {given}: its weights or its "
+                "batch norms' statistics are damaged, or the images are not normalised"
+            )
         try:
             found = _outputs(traced, example_inputs, training)
         except RuntimeError as error:
@@ -185,7 +228,6 @@ def check_same_function(model: nn.Module, traced: nn.Module, example_inputs: Ten
             torch.equal(left, right) for left, right in zip(expected, found, strict=True)
         )
         if not same:
-            mode = "train" if training else "eval"
             raise TracingError(
                 f"{type(model).__name__}: the traced model differs from the original in {mode} mode; a value that "
                 "depends on self.training or on data was fixed while tracing"
@@ -201,11 +243,12 @@ def _outputs(model: nn.Module, example_inputs: Tensor, training: bool) -> list[T
 
 
 def describe(node: fx.Node, modules: dict[str, nn.Module]) -> str:
-    """An operation as a user knows it: the kind of module or function, and where it stands in the model."""
+    """An operation as a user knows it: the kind of module or function, and where it stands in the model and its code."""
+    line = f" ({node.meta[LINE]})" if node.meta.get(LINE) else ""
     if node.op == "call_module":
         module = modules[str(node.target)]
         inner = [type(child).__name__ for name, child in module.named_children() if name == "act"]
-        return f"{type(module).__name__}{f' with {inner[0]}' if inner else ''} at {node.target}"
+        return f"{type(module).__name__}{f' with {inner[0]}' if inner else ''} at {node.target}{line}"
     target: Callable[..., Any] | str = node.target
     name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
-    return f"{name}() in {module_path(node) or 'the model itself'}"
+    return f"{name}() in {module_path(node) or 'the model itself'}{line}"

@@ -16,6 +16,7 @@ from lowprec.graph.nodes import constant_nodes, number_nodes, pair, step_names, 
 from lowprec.graph.recognition import is_nothing
 from lowprec.graph.shapes import ShapeError, Shapes
 from lowprec.integer.convert_movement import convert_movement
+from lowprec.integer.convertible import averaged_axes
 from lowprec.integer.model import IntegerModel, Step
 from lowprec.integer.operators import (
     FloatLayerNorm,
@@ -55,7 +56,7 @@ from lowprec.layers import (
     QuantizedUpsample,
 )
 from lowprec.numerics.fixed_point import CodeRange, quantize
-from lowprec.prepare import full_precision
+from lowprec.prepare import expect_prepared, full_precision
 
 
 class ConversionError(ValueError):
@@ -67,10 +68,10 @@ def convert(qmodel: fx.GraphModule) -> IntegerModel:
     """The integer model, on the CPU, whose codes equal those of ``qmodel`` in eval mode; ``qmodel`` does not change.
 
     Raises:
-        ConversionError: the model is not prepared or not calibrated, or a layer's sums could overflow 32 bits.
+        TypeError: the model is not a prepared one.
+        ConversionError: the model is not calibrated, or a layer's sums could overflow 32 bits.
     """
-    if not isinstance(qmodel, fx.GraphModule) or "recipe" not in qmodel.meta:
-        raise ConversionError("convert expects a model made by lowprec.prepare(model, recipe, example_inputs)")
+    expect_prepared(qmodel, "convert")
     for name, module in qmodel.named_modules():
         if isinstance(module, ActivationQuantizer) and not module.calibrated:
             raise ConversionError(f"{name} has no exponent yet: call lowprec.calibrate(qmodel, batches) before convert")
@@ -125,16 +126,8 @@ class _Converter:
             assert module is not None
             operator = _operator(module, [self.grids[used] for used in inputs])
             if isinstance(operator, IntegerAveragePool) and operator.axes != (2, 3):
-                operator.axes = self._averaged_axes(node, operator.axes)
+                operator.axes = averaged_axes(self.shapes.shape(node.all_input_nodes[0]), operator.axes)
             self._add(node, name, inputs, operator)
-
-    def _averaged_axes(self, node: fx.Node, axes: tuple[int, ...]) -> tuple[int, ...]:
-        """The axes of an average, counted from the front."""
-        shape = self.shapes.shape(node.all_input_nodes[0])
-        counted = tuple(sorted(axis % len(shape) for axis in axes))
-        if any(shape[axis] == -1 for axis in counted):
-            raise ValueError("an average over the images of a batch has no integer form")
-        return counted
 
     def _move(self, node: fx.Node, module: nn.Module | None, name: str, source: str) -> None:
         movements = convert_movement(node, module, self.grids[source], self.shapes)

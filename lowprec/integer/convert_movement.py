@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import ceil
 from typing import Any
 
@@ -17,6 +17,7 @@ from lowprec.graph.shapes import BATCHES, Shapes
 from lowprec.integer.operators import (
     Grid,
     IntegerExpand,
+    IntegerGather,
     IntegerMovement,
     IntegerPad,
     IntegerPermute,
@@ -128,9 +129,10 @@ def _expand(node: fx.Node, grid: Grid, shapes: Shapes) -> Movements:
 
 def _roll(node: fx.Node, grid: Grid, shapes: Shapes) -> Movements:
     shifts, axes = (shapes.number(argument(node, place, name)) for place, name in ((1, "shifts"), (2, "dims")))
-    pairs = list(zip(axes, shifts, strict=True)) if isinstance(axes, list | tuple) else [(axes, shifts)]
+    axes, shifts = (value if isinstance(value, list | tuple) else (value,) for value in (axes, shifts))
+    pairs = list(zip(axes, shifts, strict=True))
     shape = shapes.shape(node)
-    if axes is None or any(shape[axis] == -1 for axis, _ in pairs):
+    if None in axes or any(shape[axis] == -1 for axis, _ in pairs):
         raise ValueError("codes can be rolled along axes of one image alone: give dims, without that of the batch")
     return [("", IntegerRoll(grid, [(axis % len(shape), shift) for axis, shift in pairs]))]
 
@@ -154,7 +156,9 @@ def _getitem(node: fx.Node, grid: Grid, shapes: Shapes) -> Movements:
         axis = shapes.number(argument(source, 1 if unbound else 2, "dim", 0))
         shape = shapes.shape(source.all_input_nodes[0])
         if not isinstance(index, int) or shape[axis] == -1:
-            raise ValueError("only single parts of a tensor can be taken, and none along the batch")
+            raise ValueError(
+                "only single parts of a tensor can be taken, and none along the batch: an image's result may not depend on others"
+            )
         if unbound:
             index = index % shape[axis]
             return _part(node, grid, shapes, [(axis % len(shape), index, index + 1, 1)])
@@ -162,33 +166,64 @@ def _getitem(node: fx.Node, grid: Grid, shapes: Shapes) -> Movements:
         start = sum(sizes[: index % len(sizes)])
         return _part(node, grid, shapes, [(axis % len(shape), start, start + sizes[index], 1)])
     shape = shapes.shape(source)
-    index = index if isinstance(index, tuple) else (index,)
-    if Ellipsis in index:
-        place = index.index(Ellipsis)
-        index = (*index[:place], *[slice(None)] * (len(shape) - len(index) + 1), *index[place + 1 :])
-    slices = []
-    for axis, item in enumerate(index):
-        if isinstance(item, int):
-            item = slice(item % shape[axis], item % shape[axis] + 1)
-        if not isinstance(item, slice) or (shape[axis] == -1 and item != slice(None)):
-            raise ValueError(f"the index {item} takes codes in a way that has no integer form")
-        if item != slice(None):
+    index = tuple(index) if isinstance(index, tuple) else (index,)
+    # By identity: == with a list of indices in a tensor's place would be a tensor.
+    ellipsis = [place for place, item in enumerate(index) if item is Ellipsis]
+    for place in ellipsis:
+        missing = len(shape) - sum(item is not None for item in index) + 1
+        index = (*index[:place], *[slice(None)] * missing, *index[place + 1 :])
+    slices, order = [], None
+    # None makes an axis of size 1, which the reshape at the end puts in.
+    for axis, item in enumerate(item for item in index if item is not None):
+        if isinstance(item, bool) or not isinstance(item, int | slice | list | tuple):
+            raise ValueError(f"the index {item} is no number, slice or list of numbers")  # noqa: TRY004 (of the model)
+        if shape[axis] == -1 and item != slice(None):
+            raise ValueError(f"the index {item} picks images of the batch: an image's result may not depend on others")
+        if isinstance(item, list | tuple):
+            if order is not None or any(isinstance(other, int) for other in index):
+                raise ValueError("a list of indices has an integer form beside slices alone: index in several steps")
+            order = _order(axis, item, shape[axis])
+        elif isinstance(item, int):
+            slices.append((axis, item % shape[axis], item % shape[axis] + 1, 1))
+        elif item != slice(None):
             slices.append((axis, *item.indices(shape[axis])))
-    return _part(node, grid, shapes, slices)
+    return _part(node, grid, shapes, slices, order)
 
 
-def _part(node: fx.Node, grid: Grid, shapes: Shapes, slices: list[tuple[int, int, int, int]]) -> Movements:
-    """A slice, and a reshape where an axis was taken away."""
+def _order(axis: int, indices: Sequence[Any], size: int) -> tuple[int, list[int]]:
+    """An axis and which of its places are taken, from 0."""
+    if not indices or not all(isinstance(item, int) and not isinstance(item, bool) for item in indices):
+        raise ValueError(f"the index {list(indices)} is no list of whole numbers")
+    return axis, [item % size for item in indices]
+
+
+def _part(
+    node: fx.Node,
+    grid: Grid,
+    shapes: Shapes,
+    slices: list[tuple[int, int, int, int]],
+    order: tuple[int, list[int]] | None = None,
+) -> Movements:
+    """A slice, places in another order, and a reshape where axes were taken away or put in."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
     while source.target in _SEVERAL:
         source = source.all_input_nodes[0]
-    full = shapes.shape(source)
-    slices = [item for item in slices if item[1:] != (0, full[item[0]], 1)]
-    sliced: Movements = [("", IntegerSlice(grid, slices))] if slices else []
-    if len(full) == len(shapes.shape(node)):
-        return sliced
-    return [("sliced", operator_) for _, operator_ in sliced] + _reshape(node, grid, shapes)
+    sizes = list(shapes.shape(source))
+    slices = [item for item in slices if item[1:] != (0, sizes[item[0]], 1)]
+    moved: Movements = []
+    if slices:
+        moved.append(("sliced", IntegerSlice(grid, slices)))
+        for axis, *part in slices:
+            sizes[axis] = len(range(*part))
+    if order is not None:
+        axis, places = order
+        moved.append(("ordered", IntegerGather(grid, axis, places)))
+        sizes[axis] = len(places)
+    if tuple(sizes) != shapes.shape(node):
+        moved += _reshape(node, grid, shapes)
+    # The last one has the step's own name.
+    return moved[:-1] + [("", operator_) for _, operator_ in moved[-1:]]
 
 
 def _part_sizes(node: fx.Node, size: int, shapes: Shapes) -> list[int]:
@@ -210,6 +245,7 @@ _CALLS: dict[Any, Callable[[fx.Node, Grid, Shapes], Movements]] = {
     "permute": _permute,
     torch.permute: _permute,
     "expand": _expand,
+    "roll": _roll,
     torch.roll: _roll,
     functional.pad: _pad,
     functional.interpolate: _interpolate,

@@ -8,7 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowprec.integer.operators import FloatOperator, IntegerLayer, IntegerOperator, logits_of
+from lowprec.images import check_images, other_sizes_refused
+from lowprec.integer.operators import (
+    FloatOperator,
+    IntegerConstant,
+    IntegerExpand,
+    IntegerGather,
+    IntegerLayer,
+    IntegerOperator,
+    IntegerPermute,
+    IntegerReshape,
+    IntegerSlice,
+    logits_of,
+)
+
+# Their numbers, or the axes of what follows, are those of one size of images: another would give something else, or fail.
+_OF_ONE_SIZE = (IntegerConstant, IntegerExpand, IntegerReshape, IntegerPermute)
 
 
 @dataclass(frozen=True)
@@ -23,9 +38,9 @@ class Step:
 class IntegerModel(nn.Module):
     """Float images in, float logits out; between them integers alone. The last step's result is the output.
 
-    image_shape: (channels, height, width) of the images that the model was prepared with. Images of another size may do
-    here; the exported ONNX file is made for this one. metadata: what was known when it was converted (lowprec's version, the
-    recipe), as JSON can hold it; it goes into every file.
+    image_shape: (channels, height, width) of the images that the model was prepared with. Others in height and width do
+    here where no step is made for one size; the exported ONNX file is made for this one. metadata: what was known when it was
+    converted (lowprec's version, the recipe), as JSON can hold it; it goes into every file.
     """
 
     def __init__(
@@ -41,22 +56,35 @@ class IntegerModel(nn.Module):
         self._dead = {step.name: [name for name in step.inputs if last_use[name] == step.name] for step in steps}
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] float -> logits [B, classes] float32."""
+        """[B, C, H, W] float32 -> logits [B, classes] float32.
+
+        Raises:
+            TypeError: not float32 images. ValueError: another shape, or NaN or infinite values.
+        """
+        check_images(images, self.image_shape, any_size=self.any_size)
         results: dict[str, Tensor] = {}
-        for step in self.steps:
-            results[step.name] = self._run_step(step, images, results)
-            for name in self._dead[step.name]:
-                results.pop(name, None)
+        with other_sizes_refused(images, self.image_shape):
+            for step in self.steps:
+                results[step.name] = self._run_step(step, images, results)
+                for name in self._dead[step.name]:
+                    results.pop(name, None)
         last = self.steps[-1]
         return logits_of(results[last.name], last.operator)
 
     @torch.no_grad()
     def codes(self, images: Tensor) -> dict[str, Tensor]:
-        """Every step's result by its name: int32 codes, the last one's 32-bit sums."""
+        """Every step's result by its name: int32 codes, the last one's 32-bit sums. Raises as the model does."""
+        check_images(images, self.image_shape, any_size=self.any_size)
         results: dict[str, Tensor] = {}
-        for step in self.steps:
-            results[step.name] = self._run_step(step, images, results)
+        with other_sizes_refused(images, self.image_shape):
+            for step in self.steps:
+                results[step.name] = self._run_step(step, images, results)
         return results
+
+    @property
+    def any_size(self) -> bool:
+        """Whether no step is made for one height and width alone."""
+        return not any(_is_of_one_size(step.operator) for step in self.steps)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every step's codes for one image, by its name."""
@@ -86,3 +114,17 @@ class IntegerModel(nn.Module):
     def sum_bound(self) -> int:
         """The largest magnitude that any 32-bit sum of the model can reach, whatever the image."""
         return max(step.operator.sum_bound for step in self.steps if isinstance(step.operator, IntegerLayer))
+
+
+def _is_of_one_size(operator: IntegerOperator) -> bool:
+    if isinstance(operator, IntegerSlice):
+        return any(axis != 1 for axis, *_ in operator.slices)
+    return isinstance(operator, _OF_ONE_SIZE) or (isinstance(operator, IntegerGather) and operator.axis != 1)
+
+
+def expect_integer_model(model: object, function: str) -> None:
+    """Raises TypeError, in the name of ``function``, if ``model`` is no integer model."""
+    if not isinstance(model, IntegerModel):
+        raise TypeError(
+            f"{function} expects an integer model, from lowprec.convert(qmodel), not {type(model).__name__}"
+        )

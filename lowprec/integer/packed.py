@@ -16,9 +16,10 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from lowprec.files import whole_file
-from lowprec.integer.model import IntegerModel, Step
+from lowprec.integer.model import IntegerModel, Step, expect_integer_model
 from lowprec.integer.operators import OPERATORS, Grid, IntegerLayer
 from lowprec.numerics.packing import pack_codes, packed_layout, unpack_codes
+from lowprec.targets import writable_path
 
 FORMAT = "lowprec"
 VERSION = 2
@@ -28,18 +29,17 @@ GRID_KEYS = {"exponent", "low", "high"}
 
 
 class PackedFileError(ValueError):
-    """A file that is no packed model, is damaged, or was written by a later version; the message names it."""
+    """A file that is no packed model, is damaged, or was written by another version; the message names it."""
 
 
 def save(model: IntegerModel, path: str | Path) -> None:
     """Writes an integer model as one packed safetensors file: to a temporary name, synced, then renamed.
 
     Raises:
-        TypeError: ``model`` is not an integer model.
+        TypeError: ``model`` is not an integer model. OSError: ``path`` is a folder, lies in none, or cannot be written.
     """
-    if not isinstance(model, IntegerModel):
-        raise TypeError(f"save expects an integer model, from lowprec.convert(qmodel), not {type(model).__name__}")
-    path = Path(path)
+    expect_integer_model(model, "save")
+    path = writable_path(path)
     tensors: dict[str, Tensor] = {}
     graph: list[dict[str, Any]] = []
     for step in model.steps:
@@ -66,7 +66,7 @@ def load(path: str | Path) -> IntegerModel:
 
     Raises:
         FileNotFoundError: there is no such file.
-        PackedFileError: the file is truncated, damaged, of another format, or of a later version.
+        PackedFileError: the file is truncated, damaged, of another format, or of another version.
     """
     path = Path(path)
     if not path.is_file():
@@ -82,12 +82,18 @@ def load(path: str | Path) -> IntegerModel:
     if metadata.get("format") != FORMAT or GRAPH not in tensors:
         raise PackedFileError(f"{path} is a safetensors file, but no packed model of lowprec.save")
     if metadata.get("version") != str(VERSION):
-        raise PackedFileError(
-            f"{path} has format version {metadata.get('version')}, this lowprec reads version {VERSION}: update lowprec"
-        )
+        version = metadata.get("version", "")
+        later = version.isdecimal() and int(version) > VERSION
+        advice = "update lowprec" if later else "export it again"
+        raise PackedFileError(f"{path} has format version {version}, this lowprec reads version {VERSION}: {advice}")
     if metadata.get("checksum") != _checksum(tensors):
         raise PackedFileError(f"{path} is damaged: its checksum does not match its content. Copy or export it again")
     content = json.loads(zlib.decompress(tensors[GRAPH].numpy().tobytes()))
+    unknown = sorted({entry["kind"] for entry in content["steps"]} - set(OPERATORS))
+    if unknown:
+        raise PackedFileError(
+            f"{path} holds operators that this lowprec does not know ({', '.join(unknown)}): update it"
+        )
     steps = [_step(entry, tensors) for entry in content["steps"]]
     return IntegerModel(steps, tuple(content["image_shape"]), content["metadata"]).eval()
 

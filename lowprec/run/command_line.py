@@ -92,6 +92,8 @@ def run_to_exit_code(
     from filelock import Timeout
 
     from lowprec.data import DataError
+    from lowprec.export.exported_file import ExportedFileError
+    from lowprec.export.runtime import RuntimeMissingError
     from lowprec.graph.planning import UnsupportedModelError
     from lowprec.graph.tracing import TracingError
     from lowprec.integer.convert import ConversionError
@@ -107,7 +109,7 @@ def run_to_exit_code(
     failures = (
         *(DataError, CheckpointError, PackedFileError, RunInUseError, RunFileError, Timeout),
         *(TracingError, UnsupportedModelError, ConversionError, VerificationError, TrainingDiverged),
-        *(CheckpointWriteError, DesynchronizedError, ProcessGroupError),
+        *(ExportedFileError, RuntimeMissingError, CheckpointWriteError, DesynchronizedError, ProcessGroupError),
     )
     started = launch()
     try:

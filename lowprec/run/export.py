@@ -55,7 +55,8 @@ def check_exported(directory: RunDirectory, config: RunConfig) -> Path:
     again = f"the same command with task=export writes {'it' if path.is_file() else 'one'}"
     if not path.is_file():
         raise ConfigError(f"there is no {path}: {again}")
-    exported = ExportedModel(path)
+    # A changed file is for verify to say what is changed in it.
+    exported = ExportedModel(path, changed=True)
     for name, default in vars(ExportConfig()).items():
         asked, found = getattr(config.export, name), exported.options.get(name)
         if name != "format" and asked != default and asked != found:

@@ -2,7 +2,7 @@
 
 Each family is prepared, calibrated, converted, exported for ONNX Runtime and for OpenVINO, and verified code by code. Without
 a folder of photographs, crops of scikit-learn's two are taken. Weights are random, batch norms' statistics too: equality does
-not depend on them. `--write README.md` puts the table between that file's markers.
+not depend on them. `--write README.md` puts the lines of the families measured into the table between that file's markers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import time
 from pathlib import Path
 
 import numpy as np
+import timm
 import torch
+import torchvision
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import Tensor
@@ -25,6 +27,7 @@ from networks import awkward
 import lowprec
 from lowprec.data.normalization import Normalization
 from lowprec.export.runtime import RUNTIME_NAMES
+from lowprec.files import whole_file
 from lowprec.integer.operators import FloatOperator
 from lowprec.models import create_model
 from lowprec.recipe import Recipe
@@ -71,13 +74,17 @@ HEAD = (
 MARKERS = ("<!-- coverage: begin -->", "<!-- coverage: end -->")
 
 
+def photograph_files(folder: Path) -> list[Path]:
+    """The photographs in a folder, in the order of their names."""
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+
+
 def photographs(count: int, side: int, folder: Path | None) -> Tensor:
     """``count`` crops [count, 3, side, side] of photographs, normalised; the same ones every time."""
     if folder is None:
         pictures = [Image.fromarray(picture) for picture in load_sample_images().images]
     else:
-        files = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
-        pictures = [Image.open(path).convert("RGB") for path in files[:count]]
+        pictures = [Image.open(path).convert("RGB") for path in photograph_files(folder)[:count]]
     draw = np.random.default_rng(0)
     crops = []
     for index in range(count):
@@ -123,7 +130,48 @@ def measure(family: str, options: argparse.Namespace) -> str:
     )
 
 
-def main() -> None:
+def with_lines(text: str, lines: dict[str, str]) -> str:
+    """The file's text with these lines, by family, in its table: in their old places, new ones at the end."""
+    before, _, rest = text.partition(MARKERS[0])
+    table, _, after = rest.partition(MARKERS[1])
+    rows = {row.split("|")[1].strip(): row for row in table.strip().splitlines()[len(HEAD.splitlines()) :]}
+    return "\n".join([f"{before}{MARKERS[0]}", HEAD, *{**rows, **lines}.values(), f"{MARKERS[1]}{after}"])
+
+
+def fault(options: argparse.Namespace) -> str:
+    """What keeps the measurement from starting, "" for nothing."""
+    known = (*CONVOLUTIONAL, *WITH_FLOAT)
+    unknown = [family for family in options.families if family not in known and not is_model(family)]
+    if unknown:
+        return (
+            f"unknown families: {', '.join(unknown)}; known are {', '.join(known)}, and timm's and torchvision's names"
+        )
+    for name in ("images", "calibration", "side"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            return f"--{name} {value}: give at least 1"
+    runtimes = [runtime for runtime in options.runtimes.split(",") if runtime not in RUNTIME_NAMES]
+    if runtimes:
+        return f"--runtimes {options.runtimes}: choose from {','.join(RUNTIME_NAMES)}"
+    folder = options.photographs
+    if folder is not None and not (folder.is_dir() and photograph_files(folder)):
+        return f"--photographs {folder}: no folder with .jpg, .jpeg or .png files"
+    if options.write is not None:
+        text = options.write.read_text() if options.write.is_file() else ""
+        if not all(text.count(marker) == 1 for marker in MARKERS):
+            return f"--write {options.write}: no file with the lines {' and '.join(MARKERS)}, each once"
+    return ""
+
+
+def is_model(family: str) -> bool:
+    """Whether timm or torchvision has a model of this name."""
+    source, _, name = family.rpartition(":")
+    if source == "torchvision":
+        return name in torchvision.models.list_models()
+    return source in ("", "timm") and timm.is_model(name)
+
+
+def main(arguments: list[str]) -> None:
     """Measures the families that are named, or all of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", default=[*CONVOLUTIONAL, *WITH_FLOAT])
@@ -134,18 +182,19 @@ def main() -> None:
     parser.add_argument("--photographs", type=Path, default=None, help="folder of photographs")
     parser.add_argument("--runtimes", default=",".join(RUNTIME_NAMES))
     parser.add_argument("--write", type=Path, default=None, help="file whose table is replaced, between its markers")
-    options = parser.parse_args()
-    lines = [HEAD]
+    options = parser.parse_args(arguments)
+    if problem := fault(options):
+        parser.error(problem)
+    lines = {}
     print(HEAD, flush=True)
-    for family in options.families:
-        lines.append(measure(family, options))
-        print(lines[-1], flush=True)
+    for index, family in enumerate(options.families, 1):
+        print(f"{family}: {index} of {len(options.families)}", file=sys.stderr, flush=True)
+        lines[family] = measure(family, options)
+        print(lines[family], flush=True)
     if options.write is not None:
-        before, _, rest = options.write.read_text().partition(MARKERS[0])
-        _, _, after = rest.partition(MARKERS[1])
-        table = "\n".join(lines)
-        options.write.write_text(f"{before}{MARKERS[0]}\n{table}\n{MARKERS[1]}{after}")
+        with whole_file(options.write) as temporary:
+            temporary.write_text(with_lines(options.write.read_text(), lines))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

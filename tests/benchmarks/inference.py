@@ -126,7 +126,7 @@ def measure(candidates: dict[str, Candidate], batch: int, rounds: int, seconds: 
 def table(candidates: dict[str, Candidate], failed: dict[str, str], speeds: dict[str, list[float]]) -> str:
     """A line for each candidate: images a second, ratio to PyTorch FP32, bytes, whether its codes are the executor's."""
     width = max(len(name) for name in (*candidates, *failed))
-    lines = [f"{'':{width}} {'images/s':>9} {'best':>9} {'ratio':>7} {'file bytes':>12}  codes equal"]
+    lines = [f"{'':{width}} {'images/s':>9} {'best':>9} {'ratio':>7} {'file bytes':>12}  equal"]
     for name, candidate in candidates.items():
         mine = speeds[name]
         ratio = statistics.median(found / full for found, full in zip(mine, speeds[REFERENCE], strict=True))
@@ -151,6 +151,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--only", nargs="+", default=["*"], help="candidates' names, with wildcards")
     parser.add_argument("--reference", action="store_true", help="time one batch of the integer executor, too")
     given = parser.parse_args(arguments)
+    for name, least in (("batch", 1), ("side", 1), ("rounds", 1), ("threads", 1), ("checked", 1), ("seconds", 0)):
+        if getattr(given, name) < least:
+            parser.error(f"--{name} {getattr(given, name)}: give at least {least}")
 
     torch.set_num_threads(given.threads)
     shape = (3, given.side, given.side)
@@ -164,6 +167,10 @@ def main(arguments: list[str]) -> None:
             threads=given.threads,
             folder=Path(folder),
         )
+        names = [name for name, _ in workload.builders(given.reference)]
+        unmatched = [pattern for pattern in given.only if not fnmatch.filter(names, pattern)]
+        if unmatched:
+            parser.error(f"--only {' '.join(unmatched)}: no such candidate; there are {', '.join(names)}")
         candidates, failed = build(workload, given.only, given.reference)
         speeds = measure(candidates, given.batch, given.rounds, given.seconds)
     print(f"{given.model}, {given.recipe}, {given.batch} images of {given.side}×{given.side}")

@@ -102,7 +102,8 @@ def estimate(measured: Measured, options: argparse.Namespace) -> list[str]:
         f"step: {compute * 1e3:.1f} ms of computing, {network * 1e3:.1f} ms of network behind it, "
         f"{measured.agreement_seconds * 1e3:.2f} ms to agree: {step * 1e3:.1f} ms, {gpus * options.batch / step:,.0f} images/s, "
         f"{compute / step:.1%} of {gpus} times one",
-        f"loader: {gpus * rate:,.0f} images/s in all, {rate * options.gpus_per_node / measured.loader_rate:.0f} cores on each node",
+        f"loader: {gpus * rate:,.0f} images/s in all, "
+        f"{rate * options.gpus_per_node / measured.loader_rate:.0f} cores on each node",
         f"checkpoints: every {options.checkpoint_minutes:g} minutes, "
         f"{measured.checkpoint_seconds / (options.checkpoint_minutes * 60):.2%} of the time",
         f"requeue: {lost / 60:.1f} minutes of work and start for each interruption, on average",

@@ -37,3 +37,19 @@ def test_codes_that_differ_are_told() -> None:
     text = inference.table({inference.REFERENCE: full, "ours": candidate}, {}, speeds)
     assert text.endswith("NO")
     assert "2.00x" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rounds", "0"], "--rounds 0: give at least 1"),
+        (["--side", "0"], "--side 0: give at least 1"),
+        (["--only", "lowprec*", "tensorrt*"], "--only tensorrt*: no such candidate; there are PyTorch FP32"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        inference.main([*SETTING, *arguments])
+    assert message in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, fx
 
 import lowprec
 from lowprec.data.normalization import Normalization
-from lowprec.export.assembly import metadata
+from lowprec.export.exported_file import metadata
 from lowprec.export.options import OPSETS, ExportOptions
 from lowprec.export.runtime import ExportedModel
 from lowprec.integer.model import IntegerModel
@@ -46,7 +47,7 @@ def test_every_operator_set_gives_the_same_logits(
 @pytest.mark.parametrize("opset", [13, 16])
 def test_layer_norms_need_a_later_operator_set(opset: int, tmp_path: Path) -> None:
     _, imodel = quantize(TinyTransformer().eval(), "w2a8_n4", images(0, 2, (3, 8, 8)))
-    with pytest.raises(ValueError, match=rf"export\.opset={opset}: .*17"):
+    with pytest.raises(ValueError, match=rf"opset={opset}: .*17"):
         lowprec.export_onnx(imodel, tmp_path / "model.onnx", ExportOptions(opset=opset))
     assert not list(tmp_path.iterdir())
 
@@ -107,18 +108,72 @@ def test_metadata_tells_what_the_file_is(models: tuple[fx.GraphModule, IntegerMo
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"runtime": "tensorrt"}, r"export\.runtime='tensorrt': choose one of onnxruntime, openvino"),
-        ({"processor": "riscv"}, r"export\.processor='riscv': choose one of any, vnni"),
-        ({"opset": 12}, r"export\.opset=12: give one of 13 to 25"),
-        ({"batch_size": 0}, r"export\.batch_size=0"),
-        ({"input": "bgr"}, r"export\.input='bgr'"),
-        ({"input": "uint8"}, r"export\.input=uint8: give the normalization"),
+        ({"runtime": "tensorrt"}, r"runtime='tensorrt': choose one of onnxruntime, openvino"),
+        ({"processor": "riscv"}, r"processor='riscv': choose one of any, vnni"),
+        ({"opset": 12}, r"opset=12: give one of 13 to 25"),
+        ({"batch_size": 0}, r"batch_size=0"),
+        ({"input": "bgr"}, r"input='bgr'"),
+        ({"input": "uint8"}, r"input=uint8: give the normalization"),
         ({"input": "uint8", "normalization": Normalization((0.5,), (0.5,))}, "the images have 3 channels"),
+        ({"batch_size": "4"}, "batch_size='4': give a whole number, not str"),
+        ({"batch_size": 2.5}, r"batch_size=2\.5: give a whole number, not float"),
+        ({"batch_size": True}, "batch_size=True: give a whole number, not bool"),
+        ({"opset": "18"}, "opset='18': give a whole number"),
+        ({"opset": 18.0}, r"opset=18\.0: give a whole number"),
+        ({"normalization": ((0.5,) * 3, (0.5,) * 3)}, r"must be lowprec\.Normalization\(mean, std\), not tuple"),
+        ({"normalization": {"mean": 0.5}}, "not dict"),
+        ({"normalization": Normalization(torch.zeros(3), (0.5,) * 3)}, r"normalization\.mean=tensor.*: give a tuple"),
+        ({"normalization": Normalization((0.5,) * 3, (0.5, 0.0, 0.5))}, r"normalization\.std=.*: give numbers above 0"),
+        ({"normalization": Normalization((0.5,) * 3, (0.5,) * 3, peak=0)}, r"normalization\.peak=0"),
+        ({"class_names": "cat"}, "class_names='cat': give a list of strings"),
+        ({"class_names": [1, 2]}, r"class_names=\[1, 2\]: give a list of strings"),
+        ({"class_names": ["cat", "dog"]}, "class_names holds 2 names; the model has 5 classes"),
     ],
 )
+@pytest.mark.parametrize("export", [lowprec.export_onnx, lowprec.export_packed_onnx])
 def test_options_that_cannot_be_are_named(
-    models: tuple[fx.GraphModule, IntegerModel], change: dict[str, Any], message: str, tmp_path: Path
+    models: tuple[fx.GraphModule, IntegerModel],
+    export: Callable[..., None],
+    change: dict[str, Any],
+    message: str,
+    tmp_path: Path,
 ) -> None:
-    with pytest.raises(ValueError, match=message):
-        lowprec.export_onnx(models[1], tmp_path / "model.onnx", dataclasses.replace(ExportOptions(), **change))
+    with pytest.raises((TypeError, ValueError), match=message):
+        export(models[1], tmp_path / "model.onnx", dataclasses.replace(ExportOptions(), **change))
     assert not list(tmp_path.iterdir())
+
+
+def test_packed_weights_have_an_operator_set_of_their_own(
+    models: tuple[fx.GraphModule, IntegerModel], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="opset=18: packed weights need 25"):
+        lowprec.export_packed_onnx(models[1], tmp_path / "model.onnx", ExportOptions(opset=18))
+    lowprec.export_packed_onnx(models[1], tmp_path / "model.onnx", ExportOptions(opset=25))
+    assert onnx.load(tmp_path / "model.onnx").opset_import[0].version == 25
+
+
+EXPORTS = (lowprec.export_onnx, lowprec.export_packed_onnx, lowprec.export_qonnx)
+
+
+@pytest.mark.parametrize("export", EXPORTS)
+def test_what_is_no_option_is_refused(
+    models: tuple[fx.GraphModule, IntegerModel], export: Callable[..., None], tmp_path: Path
+) -> None:
+    with pytest.raises(TypeError, match="not dict"):
+        export(models[1], tmp_path / "model.onnx", {"opset": 18})
+    with pytest.raises(TypeError, match=rf"{export.__name__} expects an integer model, from lowprec\.convert"):
+        export(models[0], tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("export", EXPORTS)
+def test_a_place_that_no_file_can_have_is_named(
+    models: tuple[fx.GraphModule, IntegerModel], export: Callable[..., None], tmp_path: Path
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with pytest.raises(IsADirectoryError, match=r"a folder; give the name of a file in it: .*folder"):
+        export(models[1], folder)
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere to write to.*nowhere/model\.onnx"):
+        export(models[1], tmp_path / "nowhere" / "model.onnx")
+    assert list(tmp_path.iterdir()) == [folder]

@@ -54,7 +54,7 @@ def test_the_form_for_onnx_runtime_is_not_exact_in_openvino(tmp_path: Path) -> N
 
 def test_models_that_compute_in_float_are_refused(tmp_path: Path) -> None:
     _, imodel = quantize(TinyTransformer().eval(), "w2a8_n4", images(0, 2, (3, 8, 8)))
-    with pytest.raises(ValueError, match=r"export\.runtime=openvino: norm computes in float"):
+    with pytest.raises(ValueError, match=r"runtime=openvino: norm computes in float"):
         lowprec.export_onnx(imodel, tmp_path / "model.onnx", OPENVINO)
     assert not list(tmp_path.iterdir())
 

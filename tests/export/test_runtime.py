@@ -72,7 +72,7 @@ def test_files_for_processors_with_vnni_are_refused_elsewhere(
     file = tmp_path / "model.onnx"
     lowprec.export_onnx(imodel, file, lowprec.ExportOptions(runtime=runtime, processor="vnni"))
     monkeypatch.setattr(runtimes, "saturates", lambda name: True)
-    with pytest.raises(ValueError, match=r"model\.onnx is for processors with VNNI.*export\.processor=any"):
+    with pytest.raises(ValueError, match=r"model\.onnx is for processors with VNNI.*processor=any"):
         ExportedModel(file)
 
 

@@ -157,5 +157,7 @@ def test_a_branch_on_data_cannot_be_traced() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x if x.sum() > 0 else -x
 
-    with pytest.raises(TracingError, match=r"Body cannot .* at .*test_tracing\.py, line \d+: return x if x\.sum\(\) > 0"):
+    with pytest.raises(
+        TracingError, match=r"Body cannot .* at .*test_tracing\.py, line \d+: return x if x\.sum\(\) > 0"
+    ):
         trace(Body(Branch()))

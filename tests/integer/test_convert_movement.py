@@ -138,6 +138,15 @@ def test_equal_codes_for_any_batch_in_every_runtime(name: str, tmp_path: Path) -
     assert torch.equal(loaded(batches[0]), imodel(batches[0]))
 
 
+@pytest.mark.parametrize("name", ["windows", "expand windows", "expand a parameter", "list"])
+@pytest.mark.parametrize("size", [1, 4])
+def test_equal_codes_where_a_fixed_batch_is_filled_up(name: str, size: int, tmp_path: Path) -> None:
+    qmodel, imodel = quantize(Net(BODIES[name]).eval(), "w8a8", images(0, 4, SHAPE))
+    lowprec.export_onnx(imodel, tmp_path / "model.onnx", lowprec.ExportOptions(batch_size=size))
+    report = lowprec.verify(qmodel, imodel, [images(1, 6, SHAPE), images(2, 3, SHAPE)], onnx=tmp_path / "model.onnx")
+    assert report.equal, report
+
+
 # They add, average or join.
 COMPUTES = ("expand", "mean", "a call of", "one module", "chunk into uneven")
 

@@ -235,7 +235,7 @@ def test_a_shortcut_is_added_before_the_only_rounding(kind: str) -> None:
                 Step("y", (), IntegerInput(shortcut)),
                 Step("z", ("y",), cut),
             ]
-            imodel = IntegerModel([*steps, Step("operator", ("x", "z"), layer)], (1, 1, 1))
+            imodel = IntegerModel([*steps, Step("operator", ("x", "z"), layer)], OF_THE_IMAGES)
         paths.add(assert_equal(imodel, whole_images(seed, 2, inputs, 5, 6)).paths["operator"])
     assert any(path.startswith("integer") for path in paths)
 

@@ -149,8 +149,8 @@ def test_an_unknown_operator_names_itself(tiny: IntegerModel, tmp_path: Path, mo
 
 
 def test_a_place_that_no_file_can_have_is_named(tiny: IntegerModel, tmp_path: Path) -> None:
+    (tmp_path / "inside").mkdir()
     with pytest.raises(IsADirectoryError, match=r"a folder; give the name of a file in it: .*inside"):
-        (tmp_path / "inside").mkdir()
         lowprec.save(tiny, tmp_path / "inside")
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere to write to.*nowhere/model"):
         lowprec.save(tiny, tmp_path / "nowhere" / "model.safetensors")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowprec.images import check_images, other_sizes_refused
 from lowprec.integer.fast.elementwise import (
     FastAdd,
     FastConcatenation,
@@ -21,7 +22,7 @@ from lowprec.integer.fast.elementwise import (
 from lowprec.integer.fast.layers import FastConvolution, FastLinear
 from lowprec.integer.fast.pooling import FastAveragePool, FastMaxPool
 from lowprec.integer.fast.storage import is_byte, load, store
-from lowprec.integer.model import IntegerModel, Step
+from lowprec.integer.model import IntegerModel, Step, expect_integer_model
 from lowprec.integer.operators import (
     Grid,
     IntegerAdd,
@@ -29,6 +30,7 @@ from lowprec.integer.operators import (
     IntegerConcatenation,
     IntegerConv2d,
     IntegerFlatten,
+    IntegerGather,
     IntegerInput,
     IntegerLinear,
     IntegerLookup,
@@ -58,6 +60,7 @@ KERNELS: dict[type[IntegerOperator], Callable[[Any], Kernel]] = {
     IntegerReshape: FastMovement,
     IntegerPermute: FastMovement,
     IntegerSlice: FastMovement,
+    IntegerGather: FastMovement,
     IntegerUpsample: FastMovement,
 }
 
@@ -94,8 +97,10 @@ class FastModel(nn.Module):
     """
 
     def __init__(self, model: IntegerModel) -> None:
+        expect_integer_model(model, "FastModel")
         super().__init__()
         self.image_shape = model.image_shape
+        self.any_size = model.any_size
         self.grids: dict[str, Grid | None] = {step.name: step.operator.output for step in model.steps}
         self.last = model.steps[-1]
         last_use = {name: step.name for step in model.steps for name in step.inputs}
@@ -124,25 +129,32 @@ class FastModel(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] float -> logits [B, classes] float32."""
+        """[B, C, H, W] float32 -> logits [B, classes] float32. Raises as :class:`IntegerModel` does."""
+        check_images(images, self.image_shape, any_size=self.any_size)
+        if not len(images):
+            # Kernels take no empty batch.
+            return self(images.new_zeros(1, *images.shape[1:]))[:0]
         results: dict[str, Tensor] = {}
-        for step in self.steps:
-            results[step.name] = step.kernel(*([results[name] for name in step.inputs] or [images]))
-            for name in step.dead:
-                del results[name]
+        with other_sizes_refused(images, self.image_shape):
+            for step in self.steps:
+                results[step.name] = step.kernel(*([results[name] for name in step.inputs] or [images]))
+                for name in step.dead:
+                    del results[name]
         return logits_of(self._codes(results[self.last.name], self.last.name), self.last.operator)
 
     @torch.no_grad()
     def codes(self, images: Tensor) -> dict[str, Tensor]:
-        """Every step's result by its name: int32 codes, the last one's 32-bit sums."""
+        """Every step's result by its name: int32 codes, the last one's 32-bit sums. Raises as the model does."""
+        check_images(images, self.image_shape, any_size=self.any_size)
         results: dict[str, Tensor] = {}
         codes: dict[str, Tensor] = {}
-        for step in self.steps:
-            results[step.name] = step.kernel(*([results[name] for name in step.inputs] or [images]))
-            # Now: a later step may reuse the memory.
-            codes[step.name] = self._codes(results[step.name], step.name)
-            for name in step.dead:
-                del results[name]
+        with other_sizes_refused(images, self.image_shape):
+            for step in self.steps:
+                results[step.name] = step.kernel(*([results[name] for name in step.inputs] or [images]))
+                # Now: a later step may reuse the memory.
+                codes[step.name] = self._codes(results[step.name], step.name)
+                for name in step.dead:
+                    del results[name]
         return codes
 
     def _codes(self, stored: Tensor, name: str) -> Tensor:

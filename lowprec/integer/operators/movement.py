@@ -136,6 +136,24 @@ class IntegerSlice(IntegerMovement):
         return {**super().attributes(), "slices": self.slices}
 
 
+class IntegerGather(IntegerMovement):
+    """Chosen places along ``axis``, in the order of ``indices`` (from 0, any of them often): place i is ``indices[i]``."""
+
+    KIND = "gather"
+
+    def __init__(self, output: Grid, axis: int, indices: Sequence[int]) -> None:
+        super().__init__(output)
+        self.axis = axis
+        self.indices = tuple(indices)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """int32 codes -> some of them, in another order along one axis."""
+        return codes.index_select(self.axis, torch.tensor(self.indices, device=codes.device))
+
+    def attributes(self) -> dict[str, Any]:
+        return {**super().attributes(), "axis": self.axis, "indices": self.indices}
+
+
 class IntegerPad(IntegerMovement):
     """Zeros in front of and behind the codes: (before, after) for each axis."""
 
