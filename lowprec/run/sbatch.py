@@ -16,6 +16,7 @@ _SCRIPT = """\
 # Exit codes of train.py: 0 done, 1 failed and 2 wrong configuration (neither is tried again), 130 Ctrl-C. Any other is a
 # checkpoint after a signal (75), a node that died or a process that was killed: the job is queued again, and goes on.
 cd {folder}
+unset WANDB_SERVICE  # that of whoever submitted this job
 {setup}export OMP_NUM_THREADS="${{OMP_NUM_THREADS:-{threads}}}"
 srun --kill-on-bad-exit=1 {command}
 code=$?

@@ -37,6 +37,7 @@ _IRRELEVANT_WARNINGS = (
     ".*does not have a deterministic implementation.*",
     ".*LeafSpec.*",
     ".*sync_dist=True.*",
+    ".*`broadcast_buffers` is deprecated.*",
     ".*Grad strides do not match bucket view strides.*",
     ".*`srun` command is available.*",
 )

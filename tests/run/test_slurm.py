@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slurm
 
-EPOCHS = 30
+EPOCHS = 44
 PATIENCE = 240.0
 ENDS = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL")
 TRAINING = (
@@ -187,8 +187,8 @@ def test_a_job_that_is_requeued_comes_back_to_the_same_bits(folder: Path, undist
 def test_a_job_that_is_warned_before_its_time_is_over_comes_back_to_the_same_bits(
     folder: Path, undisturbed: Job
 ) -> None:
-    # SLURM gives the signal half a minute before it is due, so 30 seconds after the start.
-    job = Job(folder, "warned", "slurm.time_minutes=2", "slurm.signal_seconds=60")
+    # SLURM gives the signal half a minute before it is due, so 25 seconds after the start.
+    job = Job(folder, "warned", "slurm.time_minutes=2", "slurm.signal_seconds=65")
     job.ends()
     assert "stopped by SIGUSR1; the same command goes on" in job.output
     assert job.restarts >= 1
