@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slurm
 
-EPOCHS = 44
+EPOCHS = 30
 PATIENCE = 240.0
 ENDS = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL")
 TRAINING = (
@@ -92,6 +92,8 @@ class Job:
 
         def ended() -> bool:
             if self.state == "PENDING":
+                # Within the second in which it was requeued, its credential would count as revoked.
+                time.sleep(5)
                 subprocess.run(["scontrol", "update", f"jobid={self.id}", "StartTime=now"], capture_output=True)
             return self.state in ENDS and self.stays_ended()
 
@@ -187,11 +189,15 @@ def test_a_job_that_is_requeued_comes_back_to_the_same_bits(folder: Path, undist
 def test_a_job_that_is_warned_before_its_time_is_over_comes_back_to_the_same_bits(
     folder: Path, undisturbed: Job
 ) -> None:
-    # SLURM gives the signal half a minute before it is due, so 25 seconds after the start.
-    job = Job(folder, "warned", "slurm.time_minutes=2", "slurm.signal_seconds=65")
+    job = Job(folder, "warned", "slurm.time_minutes=20", "slurm.signal_seconds=110")
+    job.reaches(3)
+    # Its time is nearly over now: SLURM warns it.
+    command("scontrol", "update", f"jobid={job.id}", "TimeLimit=2")
+    wait_for(lambda: job.restarts == 1 and job.state == "PENDING", f"the requeueing of {job.name}\n{job.output}")
+    command("scontrol", "update", f"jobid={job.id}", "TimeLimit=20")
     job.ends()
     assert "stopped by SIGUSR1; the same command goes on" in job.output
-    assert job.restarts >= 1
+    assert job.restarts == 1
     assert_same_training(job, undisturbed)
 
 
