@@ -18,8 +18,9 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-# Registers hydra/sweeper=grid and hydra/sweeper=search.
-import lowprec.search.settings  # noqa: F401
+from lowprec.search import settings
+
+settings.register()
 
 
 class GridSweeper(BasicSweeper):

@@ -141,7 +141,8 @@ def train(config: RunConfig, console: Console, callbacks: Sequence[Callback] = (
         prove(current, qmodel, imodel)
         summary = summarize(current)
         log_summary(loggers, summary, directory.summary_file)
-        log_artifacts(loggers, [directory.model_file, directory.onnx_file, directory.config_file], summary)
+        if not directory.result("verification"):
+            log_artifacts(loggers, [directory.model_file, directory.onnx_file, directory.config_file], summary)
     finally:
         close_loggers(loggers)
         directory.close()

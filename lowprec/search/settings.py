@@ -74,5 +74,8 @@ class SearchSettings:
                 raise ConfigError(f"hydra.sweeper.{key}.name={name}: choose one of {', '.join(choices)}")
 
 
-ConfigStore.instance().store(group="hydra/sweeper", name="grid", node=GridSettings, provider="lowprec")
-ConfigStore.instance().store(group="hydra/sweeper", name="search", node=SearchSettings, provider="lowprec")
+def register() -> None:
+    """Makes ``hydra/sweeper=grid`` and ``hydra/sweeper=search`` known to Hydra."""
+    store = ConfigStore.instance()
+    for name, settings in (("grid", GridSettings), ("search", SearchSettings)):
+        store.store(group="hydra/sweeper", name=name, node=settings, provider="lowprec")

@@ -40,8 +40,7 @@ from lowprec.integer.operators import (
 
 RECIPES = ("w2a8_n4", "w2a8_n64", "w4a8_n4", "w8a8")
 UNSIGNED, SIGNED = (0, 255), (-128, 127)
-# A model made by hand takes whatever is given to it first.
-OF_THE_IMAGES = (-1, -1, -1)
+OF_THE_IMAGES = (-1, -1, -1)  # a model made by hand takes whatever is given to it first
 UNIT: dict[str, Any] = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
 
 
@@ -118,9 +117,7 @@ def drawn_layer(draw: random.Random, kind: str, shortcut: Grid | None = None) ->
     shape = (outputs, inputs) if kind == "linear" else (outputs, inputs // groups, kernel, kernel)
     limit = draw.choice([1, 64, 128])
     codes = torch.randint(-limit, limit + 1, shape, generator=generator).clamp(-128, 127)
-    codes[0] = 0
-    codes[1] = limit - 1
-    codes[2] = -limit
+    codes[0], codes[1], codes[2] = 0, limit - 1, -limit
     largest_bias = 1 << draw.choice([4, 14, 23, 25, 30])
     bias = torch.randint(-largest_bias, largest_bias, (outputs,), generator=generator, dtype=torch.int32)
     source = Grid(0, *draw.choice([UNSIGNED, SIGNED]))

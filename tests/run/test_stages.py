@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
-import re
-import shutil
 import signal
-import struct
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import onnx
 import pytest
 import yaml
 from conftest import FinishedRun, compose, start_train
+from wandb_files import wandb_records
 
 from lowprec.config import ConfigError
 from lowprec.data import DataError
@@ -113,32 +110,12 @@ def test_metrics_are_logged_by_group(digits_run: FinishedRun) -> None:
     assert layers == {column.removeprefix("flips/") for column in columns if column.startswith("flips/")}
 
 
-def records_of(file: bytes) -> Iterator[bytes]:
-    """The records of a .wandb file, which has LevelDB's log format: blocks of 32 KiB, records split over them."""
-    place, record = 7, b""
-    while place + 7 <= len(file):
-        left = 32_768 - place % 32_768
-        if left < 7:  # too little for a header: the block is padded
-            place += left
-            continue
-        length, kind = struct.unpack("<HB", file[place + 4 : place + 7])
-        record += file[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            yield record
-            record = b""
-
-
 def test_wandb_is_offline_without_a_key_and_holds_the_summary(digits_run: FinishedRun) -> None:
-    from wandb.proto import wandb_internal_pb2
-
     (folder,) = (digits_run.directory / "wandb").glob("offline-run-*-digits_smoke")
     assert json.loads((folder / "files" / "summary.json").read_text()) == digits_run.summary
     summary: dict[str, Any] = {}
     config: dict[str, Any] = {}
-    for content in records_of((folder / "run-digits_smoke.wandb").read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(content)
+    for record in wandb_records(digits_run.directory):
         for update in record.summary.update:
             summary["/".join(update.nested_key) or update.key] = json.loads(update.value_json)
         for update in (*record.run.config.update, *record.config.update):
@@ -242,113 +219,6 @@ def test_two_processes_cannot_work_on_one_run(copied_digits_run: Callable[[], Pa
     first.close()
 
 
-@pytest.mark.parametrize("name", [("experiment=digits_smoke",), ("run_id=digits_smoke",)])
-def test_tasks_find_a_finished_run(
-    name: tuple[str], copied_digits_run: Callable[[], Path], digits_run: FinishedRun
-) -> None:
-    runs = copied_digits_run()
-    overrides = (*name, f"runs_dir={runs}")
-    evaluated = run(compose(*overrides, "task=evaluate"))
-    assert evaluated == {key: digits_run.summary[key] for key in ("integer", "onnx")}
-    verified = run(compose(*overrides, "task=verify"))
-    assert verified == digits_run.summary["verify"]
-    exported = runs / "digits_smoke" / "model.onnx"
-    content = exported.read_bytes()
-    exported.unlink()
-    run(compose(*overrides, "task=export"))
-    assert exported.read_bytes() == content
-
-
-@pytest.mark.parametrize("task", ["evaluate", "verify", "export"])
-def test_a_task_without_a_run_is_one_clear_error(
-    task: str, digits_run: FinishedRun, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = compose(f"runs_dir={digits_run.runs_dir}", f"task={task}", "run_id=nothing")
-    assert run_to_exit_code(config) == 2
-    message = capsys.readouterr().err
-    assert message.startswith("error: there is no run in")
-    assert "runs there: digits_smoke" in message
-    assert not (digits_run.runs_dir / "nothing").exists()
-
-
-def test_a_changed_file_does_not_pass_verification(
-    copied_digits_run: Callable[[], Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    runs = copied_digits_run()
-    checkpoints = runs / "digits_smoke" / "checkpoints"
-    shutil.copy(checkpoints / "post_training.safetensors", checkpoints / "best.safetensors")
-    assert run_to_exit_code(compose("experiment=digits_smoke", f"runs_dir={runs}", "task=verify")) == 1
-    captured = capsys.readouterr()
-    assert "codes differ" in captured.err
-    assert "Traceback" not in captured.err
-
-
-def test_one_changed_number_in_model_onnx_fails_verification_and_is_named(
-    copied_digits_run: Callable[[], Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    runs = copied_digits_run()
-    file, name = runs / "digits_smoke" / "model.onnx", "stage2.0.conv1"
-    proto = onnx.load(file)
-    bias = next(tensor for tensor in proto.graph.initializer if tensor.name == f"{name}.bias")
-    array = onnx.numpy_helper.to_array(bias).copy()
-    array[1] += 1 << 12
-    bias.CopyFrom(onnx.numpy_helper.from_array(array, bias.name))
-    onnx.save(proto, file)
-    assert run_to_exit_code(compose("experiment=digits_smoke", f"runs_dir={runs}", "task=verify")) == 1
-    captured = capsys.readouterr()
-    assert f"codes differ; the first in {name} (ONNX Runtime against the integer executor: " in captured.err
-    assert "by up to" in captured.err
-    assert "Traceback" not in captured.err
-    # The table says the same: this tensor and some behind it, in ONNX Runtime alone.
-    rows = [line.split() for line in captured.out.splitlines() if "  ONNX Runtime " in line]
-    assert next(row[0] for row in rows if row[-2] != "0") == name
-    for other in ("fake-quant", "fast executor"):
-        assert re.search(rf"^{other}: 16 tensors, .* codes, 0 differ$", captured.out, re.MULTILINE)
-
-
-@pytest.mark.parametrize("count", [1, 50, 100_000])
-def test_as_many_images_are_verified_as_were_asked_for(count: int, digits_run: FinishedRun) -> None:
-    overrides = ("experiment=digits_smoke", f"runs_dir={digits_run.runs_dir}", "task=verify")
-    verified = run(compose(*overrides, f"verify.images={count}"))
-    whole = digits_run.summary["verify"]
-    images = min(count, whole["images"])
-    assert verified == {
-        "images": images,
-        "compared_codes": whole["compared_codes"] // whole["images"] * images,
-        "mismatched_codes": 0,
-    }
-
-
-@pytest.mark.parametrize("task", ["verify", "evaluate"])
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        (
-            "export.runtime=openvino",
-            r"export.runtime=openvino: .*model.onnx has onnxruntime; .*task=export writes it anew",
-        ),
-        ("export.batch_size=1", r"export.batch_size=1: .* has None"),
-        ("export.opset=20", r"export.opset=20: .* has 18"),
-        ("export.format=packed", r"there is no .*model.packed.onnx: the same command with task=export writes one"),
-    ],
-)
-def test_a_file_that_is_not_what_the_command_says_is_not_taken_for_it(
-    task: str, option: str, message: str, digits_run: FinishedRun, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = compose("experiment=digits_smoke", f"runs_dir={digits_run.runs_dir}", f"task={task}", option)
-    assert run_to_exit_code(config) == 2
-    assert re.search(message, capsys.readouterr().err)
-
-
-def test_a_missing_checkpoint_of_the_fine_tuning_is_named(
-    copied_digits_run: Callable[[], Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    runs = copied_digits_run()
-    (runs / "digits_smoke" / "checkpoints" / "best.safetensors").unlink()
-    assert run_to_exit_code(compose("experiment=digits_smoke", f"runs_dir={runs}", "task=verify")) == 1
-    assert "best.safetensors" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("mode", ["one_batch", "overfit", "profile"])
 def test_debug_modes_go_through_all_stages(
     mode: str, copied_digits_run: Callable[[], Path], capsys: pytest.CaptureFixture[str]
@@ -379,21 +249,6 @@ def test_debug_modes_go_through_all_stages(
     assert ((runs / "debug" / "profile.txt").is_file()) == (mode == "profile")
     # Baselines of a debug mode are kept apart.
     assert len(list((runs / "baselines").glob("*.safetensors"))) == 2
-
-
-def test_a_finished_run_is_exported_for_openvino_and_verified_there(
-    copied_digits_run: Callable[[], Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    overrides = ("experiment=digits_smoke", f"runs_dir={copied_digits_run()}", "verify.images=60")
-    for export, says in ((["export.runtime=openvino"], "OpenVINO"), ([], "ONNX Runtime")):
-        run(compose(*overrides, *export, "task=export"))
-        capsys.readouterr()
-        # The file says itself what it is for.
-        assert run(compose(*overrides, "task=verify"))["mismatched_codes"] == 0
-        output = capsys.readouterr().out
-        assert f"{says}: 16 tensors, " in output
-        assert ("OpenVINO" in output) == (says == "OpenVINO")
-        assert run(compose(*overrides, "task=evaluate"))["onnx"]["top1"] > 0.9
 
 
 def test_differing_codes_fail_the_run_after_its_table_and_summary(
