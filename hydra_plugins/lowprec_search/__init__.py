@@ -18,10 +18,6 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from lowprec.search import settings
-
-settings.register()
-
 
 class GridSweeper(BasicSweeper):
     """Runs all combinations, and ends with their table, also when it is stopped."""

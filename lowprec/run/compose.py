@@ -22,10 +22,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from lowprec.config import INCIDENTAL_KEYS, ConfigError, RunConfig, schema_keys
+from lowprec.search.settings import register
 
 # Below these, keys belong to the model's constructor or to the recipe, which name their own mistakes.
 _FREE_FORM = ("model.arguments", "quant")
 _LONGEST_NAME = 100
+
+# Here, so that a configuration can be composed where Hydra does not find the sweepers' own plugin (another folder).
+register()
 
 
 def compose_run(overrides: Iterable[str], config_folder: str | Path) -> RunConfig:
