@@ -161,7 +161,7 @@ def _check_training(config: RunConfig) -> None:
 def _require(key: str, value: object, condition: bool, expected: str) -> None:
     endless = isinstance(value, float) and not math.isfinite(value)
     if not condition or endless:
-        raise ConfigError(f"{key}={value}: expected {expected}")
+        raise ConfigError(f"{key}={value}: expected {'a finite number, ' if endless else ''}{expected}")
 
 
 def _require_choice(key: str, value: str, choices: tuple[str, ...]) -> None:

@@ -7,6 +7,7 @@ another signal stopped it, or another process's end: the same command goes on (a
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from lowprec.report.terminal import create_console
 from lowprec.run.compose import compose_run, run_config
 from lowprec.run.directory import RunDirectory, RunFileError, RunInUseError
 from lowprec.run.launcher import launch_processes, needs_launch
-from lowprec.run.sbatch import batch_script
+from lowprec.run.sbatch import FAILURE_FILE, batch_script
 
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
@@ -69,8 +70,20 @@ def execute(composed: DictConfig, choices: Mapping[str, Any], overrides: Iterabl
             return launch_processes(config, overrides)
     except ConfigError as error:
         complain(error)
-        return WRONG_CONFIGURATION
-    return run_to_exit_code(config)
+        return _told(WRONG_CONFIGURATION)
+    try:
+        return _told(run_to_exit_code(config))
+    except Exception:
+        _told(FAILED)
+        raise
+
+
+def _told(code: int) -> int:
+    """``code``, written where the batch script looks for it if it says that trying again is of no use."""
+    file = os.environ.get(FAILURE_FILE)
+    if file and code in (FAILED, WRONG_CONFIGURATION):
+        Path(file).write_text(f"{code}\n")
+    return code
 
 
 def run_to_exit_code(

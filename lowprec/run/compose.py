@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from lowprec.config import INCIDENTAL_KEYS, ConfigError, RunConfig, schema_keys
+from lowprec.config.debug import apply_debug
 from lowprec.search.settings import register
 
 # Below these, keys belong to the model's constructor or to the recipe, which name their own mistakes.
@@ -67,6 +68,7 @@ def run_config(composed: DictConfig, choices: Mapping[str, Any], overrides: Iter
         raise ConfigError(explain(error, overrides)) from error
     config.experiment = str(choices.get("experiment") or "custom")
     config.run_id = config.run_id or run_name(config.experiment, overrides)
+    apply_debug(config)
     config.validate()
     return config
 

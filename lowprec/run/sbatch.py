@@ -17,17 +17,28 @@ _SCRIPT = """\
 # checkpoint after a signal (75), a node that died or a process that was killed: the job is queued again, and goes on.
 cd {folder}
 unset WANDB_SERVICE  # that of whoever submitted this job
+# The first process that fails writes its exit code there: srun, which then stops the others, returns that of their stopping.
+export {failure_file}={folder}/slurm-$SLURM_JOB_ID.failed
+rm -f "${failure_file}"
 {setup}export OMP_NUM_THREADS="${{OMP_NUM_THREADS:-{threads}}}"
-srun --kill-on-bad-exit=1 {command}
+# Processes without images left to train on end before the first one, which goes on with the integer model: --wait=0.
+srun --kill-on-bad-exit=1 --wait=0 --cpus-per-task={threads} {command}
 code=$?
+if [ -e "${failure_file}" ]; then
+  code=$(cat "${failure_file}")
+  rm -f "${failure_file}"
+fi
 case $code in 0 | 1 | 2 | 130) exit $code ;; esac
 if (( ${{SLURM_RESTART_COUNT:-0}} >= {requeues} )); then
   echo "requeued {requeues} times already (slurm.requeues): giving up with exit code $code" >&2
   exit $code
 fi
-scontrol requeue "$SLURM_JOB_ID"
+scontrol requeue "$SLURM_JOB_ID" || exit $code
 sleep 60  # the job ends here, when SLURM takes it back
+exit $code
 """
+# The variable of the environment that names the file in which a process says that it failed, and with which exit code.
+FAILURE_FILE = "LOWPREC_FAILURE_FILE"
 
 
 def batch_script(config: RunConfig, overrides: Iterable[str]) -> str:
@@ -66,6 +77,7 @@ def batch_script(config: RunConfig, overrides: Iterable[str]) -> str:
         folder=shlex.quote(os.getcwd()),
         setup="".join(f"{line}\n" for line in slurm.setup),
         threads=slurm.cpus_per_task,
+        failure_file=FAILURE_FILE,
         command=shlex.join(command),
         requeues=slurm.requeues,
     )

@@ -217,31 +217,41 @@ FAULTS: dict[str, tuple[Callable[[Scene], list[str]], int, str]] = {
         1,
         r"last\.ckpt cannot be read",
     ),
+    "missing best.safetensors": (
+        resumed(lambda scene: (scene.run / "checkpoints/best.safetensors").unlink()),
+        1,
+        r"best\.safetensors is missing: .*fresh=true",
+    ),
     "last.ckpt of another recipe": (
         resumed(other_identity("recipe", "{}")),
         1,
-        r"its recipe is \{\}, and this one's is",
+        r"of another training \(quant\.activations\.bits: nothing there, 8 here; .*; and \d+ more\): give",
     ),
     "last.ckpt of another model": (
         resumed(other_identity("model", "vgg")),
         1,
-        r"its model is vgg, and this one's is cifar",
+        r"model: vgg there, cifar_resnet8",
     ),
     "last.ckpt of more processes": (
         resumed(other_identity("processes", 4)),
         1,
-        r"its processes is 4, and this one's is 1",
+        r"processes: 4 there, 1 here",
     ),
     "damaged post-training weights": (
         resumed(lambda scene: truncate(scene.run / "checkpoints/post_training.safetensors")),
         1,
         r"post_training\.safetensors",
     ),
+    "damaged config.yaml": (
+        resumed(lambda scene: (scene.run / "config.yaml").write_text("seed: [0\nmodel")),
+        1,
+        r"config\.yaml is damaged \(.*\), so .*fresh=true",
+    ),
     "damaged run.json": (resumed(lambda scene: truncate(scene.run / "run.json")), 1, r"run\.json"),
     "another configuration in the folder": (
         finished("run_id=digits_smoke", "seed=3"),
         2,
-        r"seed=0, and this one has seed=3",
+        r"another configuration \(seed: 0 there, 3 here\): .*fresh=true",
     ),
     "task without a run": (finished("task=verify", "run_id=nothing"), 2, r"there is no run in"),
     "damaged packed model": (

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import compose
+from PIL import Image
 from rich.console import Console
 
 from lowprec.models import CheckpointError, save_checkpoint
@@ -22,19 +25,57 @@ OTHER += ["data.validation_share=0.5", "trainer.precision=bf16", "data.padding=2
 
 @pytest.mark.parametrize("override", SAME)
 def test_runs_share_a_baseline_whatever_follows_it(override: str) -> None:
-    assert baseline_file(compose(override)) == baseline_file(compose())
+    assert baseline_file(compose(override), None) == baseline_file(compose(), None)
 
 
 @pytest.mark.parametrize("override", OTHER)
 def test_other_settings_of_the_baseline_make_another_one(override: str) -> None:
-    assert baseline_file(compose(override)) != baseline_file(compose())
+    assert baseline_file(compose(override), None) != baseline_file(compose(), None)
 
 
 def test_the_name_says_data_and_model() -> None:
-    path = baseline_file(compose("runs_dir=somewhere"))
+    path = baseline_file(compose("runs_dir=somewhere"), None)
     assert path.parent.as_posix() == "somewhere/baselines"
     assert path.name.startswith("fashion_mnist-cifar_resnet8-")
     assert path.suffix == ".safetensors"
+
+
+@pytest.mark.parametrize("name", ["fashion_mnist", "digits", "cifar10", "cifar100"])
+def test_sets_that_are_always_the_same_are_known_by_name(name: str) -> None:
+    assert run_data(compose("experiment=custom", f"data={name}", "model=cifar_resnet8")).fingerprint is None
+
+
+def write_photographs(folder: Path, classes: tuple[str, ...]) -> Path:
+    draw = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in classes:
+            (folder / split / name).mkdir(parents=True)
+            for index in range(6):
+                pixels = draw.integers(0, 255, (16, 16, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f"{index}.png")
+    return folder
+
+
+def test_each_folder_of_images_has_its_own_baseline(tmp_path: Path) -> None:
+    def baseline_of(folder: Path) -> tuple[str, int]:
+        """What was said of the baseline, and its classes."""
+        says = io.StringIO()
+        config = compose(
+            *("experiment=custom", "data=image_folder", f"data.root={folder}", "data.image_size=16"),
+            *("model=cifar_resnet8_tiny", "data.batch_size=4", "data.num_workers=0"),
+            *("trainer.threads=1", "trainer.precision=32"),
+            *("baseline.max_epochs=1", "baseline.optim.warmup_epochs=0", f"runs_dir={tmp_path / 'runs'}"),
+        )
+        model = full_precision_model(config, run_data(config), Console(file=says, width=500))
+        return says.getvalue(), model(torch.zeros(1, 3, 16, 16)).shape[1]
+
+    three = write_photographs(tmp_path / "three", ("cat", "dog", "wolf"))
+    says, classes = baseline_of(three)
+    assert ("none yet" in says, classes) == (True, 3)
+    says, classes = baseline_of(write_photographs(tmp_path / "two", ("cat", "dog")))
+    assert ("none yet" in says, classes) == (True, 2)
+    says, classes = baseline_of(three.rename(tmp_path / "moved"))
+    assert ("none yet" in says, classes) == (False, 3)
 
 
 def test_a_checkpoint_with_nan_is_refused_by_the_tensors_name(tmp_path: Path) -> None:

@@ -212,6 +212,24 @@ def test_a_job_of_which_a_process_is_killed_comes_back_to_the_same_bits(folder: 
     assert_same_training(job, undisturbed)
 
 
+def test_a_job_of_which_a_process_fails_is_not_tried_again(folder: Path) -> None:
+    broken = folder / "broken"
+    broken.mkdir()
+    # Python imports it at its start: the second process cannot fine-tune.
+    (broken / "sitecustomize.py").write_text(
+        "import os\n"
+        "def fit(*arguments, **keywords):\n"
+        "    raise RuntimeError('no training here')\n"
+        "if os.environ.get('SLURM_PROCID') == '1':\n"
+        "    from lowprec.run import stages\n"
+        "    stages.fit = fit\n"
+    )
+    job = Job(folder, "failing", f"slurm.setup=['export PYTHONPATH={broken}']", "logger=none")
+    wait_for(lambda: job.state in ENDS and job.stays_ended(), f"the end of {job.name}\n{job.output}")
+    assert (job.state, job.restarts) == ("FAILED", 0), job.output
+    assert "no training here" in job.output
+
+
 def test_a_sweep_is_a_job_for_each_run(folder: Path) -> None:
     runs = folder / "sweep"
     arguments = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import signal
 import subprocess
@@ -11,16 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import FinishedRun, compose, start_train
+from rich.console import Console
 from wandb_files import wandb_records
 
 from lowprec.config import ConfigError
+from lowprec.config.debug import OVERFIT_EPOCHS
 from lowprec.data import DataError
 from lowprec.models import create_model, save_checkpoint
 from lowprec.run.command_line import run_to_exit_code
+from lowprec.run.data import run_data
 from lowprec.run.directory import RunDirectory, RunInUseError
-from lowprec.run.stages import run
+from lowprec.run.full_precision import build_model
+from lowprec.run.stages import Run, quantize, run
 from lowprec.run.tasks import finished_run
 
 
@@ -79,6 +85,17 @@ def test_the_files_of_a_run(digits_run: FinishedRun) -> None:
     assert {path.name for path in digits_run.runs_dir.iterdir()} == {"baselines", "digits_smoke"}
     baselines = digits_run.runs_dir / "baselines"
     assert sorted(path.suffix for path in baselines.iterdir()) == [".lock", ".safetensors"]
+
+
+def test_calibration_says_how_many_images_there_were(tmp_path: Path) -> None:
+    overrides = ("experiment=digits_smoke", "data.limit_train=30", "data.limit_test=5", "calibration.images=64")
+    config, says = compose(*overrides, f"runs_dir={tmp_path}"), io.StringIO()
+    directory = RunDirectory(config)
+    directory.state = directory.open()
+    current = Run(config, directory, run_data(config), Console(file=says, width=500), torch.device("cpu"))
+    quantize(current, build_model(config, num_classes=10).eval())
+    directory.close()
+    assert "calibrate: exponents and batch norm on 30 images\n" in says.getvalue()
 
 
 def test_the_config_and_the_commit_are_kept(digits_run: FinishedRun) -> None:
@@ -206,7 +223,7 @@ def test_another_configuration_in_the_same_folder_is_refused(
     )
     assert run_to_exit_code(config) == 2
     message = capsys.readouterr().err
-    assert "optim.learning_rate=0.03, and this one has optim.learning_rate=0.5" in message
+    assert "another configuration (optim.learning_rate: 0.03 there, 0.5 here)" in message
     assert "run_id=NAME" in message
 
 
@@ -236,16 +253,15 @@ def test_debug_modes_go_through_all_stages(
         "trainer.max_epochs=8",
         "trainer.precision=32",
         "data.batch_size=32",
-        "verify.images=20",
     ]
-    assert run(compose(*overrides, "baseline.max_epochs=2"))["verify"]["mismatched_codes"] == 0
+    summary = run(compose(*overrides, "baseline.max_epochs=2"))
+    assert (summary["verify"]["images"], summary["verify"]["mismatched_codes"]) == (32, 0)
     with (runs / "debug" / "metrics.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["train/loss"]]
+    assert len(rows) == summary["fine_tuned"]["epochs"] == (OVERFIT_EPOCHS if mode == "overfit" else 1)
     if mode == "overfit":
-        assert len(rows) == 8
-        assert float(rows[-1]["train/loss"]) < float(rows[0]["train/loss"])
-    else:
-        assert len(rows) == 1
+        assert float(rows[-1]["train/loss"]) < 0.1 * float(rows[0]["train/loss"])
+        assert float(rows[-1]["train/top1"]) == 1.0
     assert ((runs / "debug" / "profile.txt").is_file()) == (mode == "profile")
     # Baselines of a debug mode are kept apart.
     assert len(list((runs / "baselines").glob("*.safetensors"))) == 2

@@ -1,0 +1,45 @@
+"""A run's folder whose files are not what they were."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import compose
+
+from lowprec.config import ConfigError
+from lowprec.run.directory import RunDirectory, RunFileError
+
+
+def opened(runs: Path, *overrides: str) -> RunDirectory:
+    """A new run's folder, which no process holds."""
+    directory = RunDirectory(compose("experiment=digits_smoke", f"runs_dir={runs}", "run_id=mine", *overrides))
+    directory.open()
+    directory.close()
+    return directory
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"seed: [0\nmodel", b"", b"just words", b"- a list", b"no_such_key: 1", b"seed: many", b"seed: \xff"],
+    ids=["no_yaml", "empty", "text", "list", "key", "value", "bytes"],
+)
+def test_a_damaged_configuration_is_one_error_and_fresh_is_a_way_out(content: bytes, tmp_path: Path) -> None:
+    directory = opened(tmp_path)
+    directory.config_file.write_bytes(content)
+    with pytest.raises(
+        RunFileError, match=r"mine/config\.yaml is damaged \(.+\), so .*run_id=NAME.*fresh=true"
+    ) as caught:
+        directory.check_configuration()
+    assert "\n" not in str(caught.value)
+    opened(tmp_path, "fresh=true").check_configuration()
+
+
+def test_all_settings_of_another_configuration_are_named(tmp_path: Path) -> None:
+    opened(tmp_path, "quant=w2a8_n4")
+    other = compose("experiment=digits_smoke", f"runs_dir={tmp_path}", "run_id=mine", "quant=w4a8_n4", "seed=3")
+    with pytest.raises(
+        ConfigError, match=r"quant\.weights\.bits: 2 there, 4 here; .*seed: 0 there, 3 here\): "
+    ) as caught:
+        RunDirectory(other).check_configuration()
+    assert "{" not in str(caught.value)
