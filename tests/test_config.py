@@ -11,7 +11,7 @@ import pytest
 from hydra.errors import MissingConfigException
 
 from lowprec.config import ConfigError, RunConfig, schema_keys
-from lowprec.run.compose import compose_run, explain, run_name
+from lowprec.run.compose import check_sweep, compose_run, explain, run_name
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG_FOLDER = ROOT / "conf"
@@ -185,6 +185,12 @@ def test_long_and_odd_overrides_get_a_hash() -> None:
 def test_a_sweep_is_checked_by_its_first_run() -> None:
     assert compose_run(["seed=3,4"], CONFIG_FOLDER).seed == 3
     assert "trainer.max_epoch=1" in mistake("trainer.max_epoch=1,2")
+
+
+def test_every_value_of_a_sweep_is_checked_before_the_first_run() -> None:
+    check_sweep(["seed=3,4", "optim.learning_rate=0.01,0.1"], CONFIG_FOLDER)
+    with pytest.raises(ConfigError, match=r"^optim.learning_rate=-1.0: expected above 0"):
+        check_sweep(["seed=3,4", "optim.learning_rate=0.01,1e9,-1"], CONFIG_FOLDER)
 
 
 @pytest.mark.parametrize("arguments", [["trainer.max_epoch=3"], ["-m", "seed=0,1", "quant.weights.bits=3"]])

@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from lowprec.config import ConfigError, RunConfig
 from lowprec.report.summary import summary_table
 from lowprec.report.terminal import create_console
-from lowprec.run.compose import compose_run, run_config
+from lowprec.run.compose import check_sweep, run_config
 from lowprec.run.directory import RunDirectory, RunFileError, RunInUseError
 from lowprec.run.launcher import launch_processes, needs_launch
 from lowprec.run.sbatch import FAILURE_FILE, batch_script
@@ -52,7 +52,7 @@ def check(arguments: list[str], config_folder: Path) -> None:
     if any(argument.split("=")[0] in (*_HYDRA_FLAGS, "--help", "-h", "--hydra-help") for argument in arguments):
         return
     try:
-        compose_run([argument for argument in arguments if not argument.startswith("-")], config_folder)
+        check_sweep([argument for argument in arguments if not argument.startswith("-")], config_folder)
     except ConfigError as error:
         complain(error)
         sys.exit(WRONG_CONFIGURATION)

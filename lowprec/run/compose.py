@@ -44,12 +44,25 @@ def compose_run(overrides: Iterable[str], config_folder: str | Path) -> RunConfi
     # A process that composes twice, such as a sweep or a test, finds Hydra initialized by the first.
     GlobalHydra.instance().clear()
     try:
-        first = [_first_of_sweep(override) for override in overrides]
+        first = [_values_of_sweep(override)[0] for override in overrides]
         with initialize_config_dir(str(Path(config_folder).resolve()), version_base="1.3", job_name="train"):
             composed = compose("train", first, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(explain(error, overrides)) from error
     return run_config(composed, composed.hydra.runtime.choices, first)
+
+
+def check_sweep(overrides: Iterable[str], config_folder: str | Path) -> None:
+    """Checks a command line before its first run starts: each value of a sweep, beside the first ones of the others.
+
+    Raises:
+        ConfigError: as :func:`compose_run`.
+    """
+    overrides = list(overrides)
+    compose_run(overrides, config_folder)
+    for index, override in enumerate(overrides):
+        for value in _values_of_sweep(override)[1:]:
+            compose_run([*overrides[:index], value, *overrides[index + 1 :]], config_folder)
 
 
 def run_config(composed: DictConfig, choices: Mapping[str, Any], overrides: Iterable[str]) -> RunConfig:
@@ -151,14 +164,16 @@ def _keys_of(node: DictConfig, prefix: str = "") -> Iterable[str]:
             yield from _keys_of(child, f"{key}.")
 
 
-def _first_of_sweep(override: str) -> str:
+def _values_of_sweep(override: str) -> list[str]:
+    """The override once for each of its values."""
     (parsed,) = OverridesParser.create().parse_overrides([override])
     if not parsed.is_sweep_override() or parsed.is_hydra_override():
-        return override
+        return [override]
     key = override.split("=", 1)[0]
     # An interval, of a search, has ends but no values that could be counted.
     value: Any = parsed.value()
-    return f"{key}={value.start if parsed.is_interval_sweep() else next(parsed.sweep_string_iterator())}"
+    values = [value.start, value.end] if parsed.is_interval_sweep() else parsed.sweep_string_iterator()
+    return [f"{key}={item}" for item in values]
 
 
 def _is_incidental(override: str) -> bool:
