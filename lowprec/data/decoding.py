@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 
 import simplejpeg
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
@@ -74,5 +74,7 @@ def decoded_pixels(content: bytes, photograph: Image.Image, channels: int, reduc
 def _damage_named() -> Iterator[None]:
     try:
         yield
+    except UnidentifiedImageError as error:  # its message shows the object in memory that was read from
+        raise DamagedImageError("cannot identify the image format") from error
     except DECODER_ERRORS as error:
         raise DamagedImageError(str(error) or type(error).__name__) from error

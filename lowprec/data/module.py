@@ -109,6 +109,15 @@ class DataModule(LightningDataModule, ABC):
         ``replace_damaged`` says that another image may stand in for a file that cannot be decoded.
         """
 
+    @property
+    def fingerprint(self) -> str | None:
+        """A short hash of the classes and images, wherever they lie; None for a set that is known by its name alone.
+
+        Raises:
+            DataError: as ``setup``.
+        """
+        return None
+
     def _default_workers(self) -> int:
         """Processes that load images where ``num_workers`` does not say."""
         return 0
@@ -172,8 +181,11 @@ class DataModule(LightningDataModule, ABC):
 
     def val_dataloader(self) -> DataLoader:
         """Every validation image once over all ranks, in a fixed order, not augmented."""
-        source: Source = "validation" if "validation" in self._labels else "train"
-        return self._evaluation_loader(source, self.splits.validation)
+        indices = self.splits.validation
+        if "validation" in self._labels:
+            return self._evaluation_loader("validation", indices, replace_damaged=False)
+        # These are training images: a damaged one must not end a run after its first epoch.
+        return self._evaluation_loader("train", indices, replace_damaged=True)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """A batch on its device, its images normalised if they are uint8 pixels."""
@@ -182,7 +194,7 @@ class DataModule(LightningDataModule, ABC):
 
     def test_dataloader(self) -> DataLoader:
         """Every test image once over all ranks, in a fixed order, not augmented."""
-        return self._evaluation_loader("test", self.splits.test)
+        return self._evaluation_loader("test", self.splits.test, replace_damaged=False)
 
     def calibration_batches(self, images: int) -> list[Tensor]:
         """Training images without labels or augmentation, the same for the same seed and on every rank, classes in
@@ -204,8 +216,8 @@ class DataModule(LightningDataModule, ABC):
         dataset = self._dataset("train", train[order[:images]], augment=False, replace_damaged=True)
         return [batch for batch, _ in self._loader(dataset, batch_size=self.options.eval_batch_size)]
 
-    def _evaluation_loader(self, source: Source, indices: Tensor) -> DataLoader:
-        dataset = self._dataset(source, indices, augment=False, replace_damaged=False)
+    def _evaluation_loader(self, source: Source, indices: Tensor, *, replace_damaged: bool) -> DataLoader:
+        dataset = self._dataset(source, indices, augment=False, replace_damaged=replace_damaged)
         return self._loader(dataset, batch_size=self.options.eval_batch_size, sampler=ShareSampler(len(indices)))
 
     def _loader(self, dataset: Dataset, **arguments: Any) -> DataLoader:

@@ -1,5 +1,6 @@
 """Photographs, decoded and transformed one by one: what folders and shards have in common."""
 
+import hashlib
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
@@ -28,6 +29,7 @@ DEFAULT_DATA_CONFIG: dict[str, Any] = {
     "crop_pct": 0.875,
 }
 MOST_WORKERS = 16
+FINGERPRINT_DIGITS = 10
 
 # The content of a file and a seed -> image [C, H, W]; raises DamagedImageError.
 Transform = Callable[[bytes, int], Tensor]
@@ -48,8 +50,9 @@ class PhotographModule(DataModule):
             ``lowprec.models.pretrained_data_config`` tells; other keys are left alone. The arguments of the same names
             go before it, and ImageNet's usual values come after it.
         color_jitter, auto_augment, random_erasing: see ``TrainingTransform``.
-        max_corrupted: so many training images that cannot be decoded are replaced by the next one that can, with a
-            warning; one more is an error. Counted for each rank; evaluation images are never replaced.
+        max_corrupted: so many images of ``train`` that cannot be decoded, those taken for validation included, are
+            replaced by the next one of their split that can, with a warning; one more is an error. Each is counted once
+            for each rank. Images of ``val`` and ``test`` are never replaced.
 
     Raises:
         DataError: ``root`` or a folder in it is missing, empty or cannot be read, or the classes of two splits differ.
@@ -57,6 +60,7 @@ class PhotographModule(DataModule):
     """
 
     uses_test_folder: ClassVar[bool] = True
+    class_names: tuple[str, ...]
 
     def __init__(
         self,
@@ -108,6 +112,7 @@ class PhotographModule(DataModule):
             random_erasing=random_erasing,
         )
         self._files: dict[Source, ImageFiles] = {}
+        self._damaged: DamagedImages | None = None
         # The classes are needed at once: the model is built for so many.
         self._folders = self._find_folders()
         self.class_names = self._find_classes()
@@ -148,6 +153,8 @@ class PhotographModule(DataModule):
 
     def _read(self) -> dict[Source, Tensor]:
         self._files = {source: self._find_files(folder) for source, folder in self._folders.items()}
+        # One for all loaders: training, validation and calibration count an image once.
+        self._damaged = DamagedImages(self.max_corrupted, self._files["train"].name)
         return {source: files.labels for source, files in self._files.items()}
 
     def _default_workers(self) -> int:
@@ -162,8 +169,18 @@ class PhotographModule(DataModule):
             indices,
             self._training_transform if augment else self._evaluation_transform(),
             seed=self.options.seed,
-            damaged=DamagedImages(self.max_corrupted, files.name) if replace_damaged else None,
+            damaged=self._damaged if replace_damaged else None,
         )
+
+    @property
+    def fingerprint(self) -> str:
+        self.setup()
+        digest = hashlib.sha256("\0".join(self.class_names).encode("utf-8", "surrogateescape"))
+        for source, files in sorted(self._files.items()):
+            digest.update(f"\0{source} {len(files.labels)}\0".encode())
+            digest.update(files.labels.numpy().tobytes())
+            digest.update(b"\0".join(files.identities()))
+        return digest.hexdigest()[:FINGERPRINT_DIGITS]
 
     def _evaluation_transform(self) -> Transform:
         transform = timm.data.create_transform(
@@ -223,7 +240,7 @@ class Photographs(Dataset):
                     ) from error
                 self.damaged.add(file, str(error))
         first = self.files.name(int(self.indices[0]))
-        raise DataError(f"none of the {len(self)} training images can be decoded; the first is {first}")
+        raise DataError(f"none of the {len(self)} images of this split can be decoded; the first is {first}")
 
 
 def require_same_classes(expected: set[Any], found: set[Any], where: Path, reference: Path) -> None:

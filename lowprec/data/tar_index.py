@@ -55,6 +55,12 @@ class ShardImages:
     def name(self, index: int) -> str:
         return f"{self._path(index)}: {os.fsdecode(self.member[index])}"
 
+    def identities(self) -> list[bytes]:
+        # Members are often named by a running number alone.
+        return [
+            b"%s %d" % (member, size) for member, size in zip(self.member.tolist(), self.size.tolist(), strict=True)
+        ]
+
     def read(self, index: int) -> bytes:
         size = int(self.size[index])
         try:

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
 from torch import Tensor
 
-from lowprec.files import whole_file
+from lowprec.files import write_safetensors
 from lowprec.integer.model import IntegerModel, Step, expect_integer_model
 from lowprec.integer.operators import OPERATORS, Grid, IntegerLayer
 from lowprec.numerics.packing import pack_codes, packed_layout, unpack_codes
@@ -57,8 +56,7 @@ def save(model: IntegerModel, path: str | Path) -> None:
     )
     tensors[GRAPH] = torch.frombuffer(bytearray(zlib.compress(text.encode(), 9)), dtype=torch.uint8)
     metadata = {"format": FORMAT, "version": str(VERSION), "checksum": _checksum(tensors)}
-    with whole_file(path) as temporary:
-        temporary.write_bytes(serialize(tensors, metadata))
+    write_safetensors(path, tensors, metadata)
 
 
 def load(path: str | Path) -> IntegerModel:

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lowprec.files import whole_file
+from lowprec.files import write_safetensors
 
 __all__ = ["CheckpointError", "check_published_head", "checkpoint_metadata", "load_checkpoint", "save_checkpoint"]
 
@@ -90,9 +90,7 @@ def save_checkpoint(model: nn.Module, path: str | Path, metadata: Mapping[str, s
         key.replace(COMPILED, ""): tensor.detach().cpu().contiguous().clone()
         for key, tensor in model.state_dict().items()
     }
-    content = safetensors.torch.save(state, metadata=dict(metadata))
-    with whole_file(path) as temporary:
-        temporary.write_bytes(content)
+    write_safetensors(path, state, metadata)
 
 
 def checkpoint_metadata(path: str | Path) -> dict[str, str]:

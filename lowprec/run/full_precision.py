@@ -76,8 +76,11 @@ def _check_finite(model: nn.Module, config: RunConfig) -> None:
             )
 
 
-def baseline_file(config: RunConfig) -> Path:
-    """Where the baseline of these settings is kept; the name's hash covers all settings that its weights depend on."""
+def baseline_file(config: RunConfig, fingerprint: str | None) -> Path:
+    """Where the baseline of these settings is kept; the name's hash covers all that its weights depend on.
+
+    fingerprint: of the data set.
+    """
     data = asdict(config.data)
     for incidental in ("root", "num_workers", "eval_batch_size", "limit_test", "max_corrupted"):
         del data[incidental]
@@ -85,6 +88,9 @@ def baseline_file(config: RunConfig) -> Path:
     for option in ("auto_augment", "random_erasing"):
         if not data[option]:
             del data[option]
+    # Sets without one are known by their name, and their baselines by what they were before there was one.
+    if fingerprint is not None:
+        data["fingerprint"] = fingerprint
     trainer = {key: getattr(config.trainer, key) for key in ("precision", "accelerator", "channels_last")}
     # Left out while they are as they were when there was one process alone: baselines of then are still found.
     for key, default in (("nodes", 1), ("devices", 1), ("sync_batchnorm", False), ("accumulate_grad_batches", 1)):
@@ -118,7 +124,7 @@ def training_identity(config: RunConfig, recipe: Recipe | None = None) -> dict[s
 
 
 def _baseline(config: RunConfig, data: Any, console: Console) -> Path:
-    path = baseline_file(config)
+    path = baseline_file(config, data.fingerprint)
     lock = FileLock(path.with_suffix(".lock"))
 
     def found() -> bool:

@@ -129,6 +129,7 @@ def train(config: RunConfig, console: Console, callbacks: Sequence[Callback] = (
             torch.use_deterministic_algorithms(True, warn_only=True)
             device = choose_device(config.trainer.accelerator)
             current = Run(config, directory, run_data(config), console, device, callbacks)
+            processes.on_main(lambda: check_same_data(current))
             processes.on_main(lambda: check_quantizable(current))
             content = {**_plain(config), "git": directory.state["git"]}
             processes.on_main(
@@ -159,6 +160,18 @@ def _trained(current: Run, loggers: list[Logger]) -> fx.GraphModule:
     qmodel = quantize(current, full_precision)
     fine_tune(current, qmodel, full_precision, loggers)
     return qmodel
+
+
+def check_same_data(current: Run) -> None:
+    """Keeps what the data of the run is, and raises ConfigError for other images than those that it began with."""
+    fingerprint, known = current.data.fingerprint, current.directory.result("data")
+    if known is None:
+        current.directory.record("data", fingerprint)
+    elif known != fingerprint:
+        raise ConfigError(
+            f"run_id={current.config.run_id}: the run began with other images than those in data.root="
+            f"{current.config.data.root}; put them back, give another run_id, or start anew with fresh=true"
+        )
 
 
 def check_quantizable(current: Run) -> None:
@@ -197,7 +210,8 @@ def _calibrated(current: Run, qmodel: fx.GraphModule) -> None:
     file, count = current.directory.post_training_file, current.config.calibration.images
     if file.is_file():
         return
-    with current.stage("calibrate", f"calibrate: exponents and batch norm on {count} images"):
+    images = plural(min(count, current.data.sizes["train"]), "image")
+    with current.stage("calibrate", f"calibrate: exponents and batch norm on {images}"):
         batches = current.data.calibration_batches(count)
         qmodel.to(current.device)
         calibrate(qmodel, [batch.to(current.device) for batch in batches])

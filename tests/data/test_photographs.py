@@ -1,6 +1,8 @@
 """Loaders of photographs: what an epoch depends on, and what becomes of files that cannot be decoded."""
 
 import logging
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lowprec.data import DataError, DataModule, create_data
+from lowprec.data.write_shards import write_shards
 from lowprec.training.resume import ResumedData
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -145,7 +148,7 @@ def test_too_many_damaged_images(tmp_path: Path, workers: int) -> None:
 
 def test_all_images_damaged(tmp_path: Path) -> None:
     root, _ = write_damaged(tmp_path, 18)
-    with pytest.raises(DataError, match="none of the 17 training images can be decoded; the first is"):
+    with pytest.raises(DataError, match="none of the 17 images of this split can be decoded; the first is"):
         list(folder_data(root, batch_size=6, validation_share=0.01).train_dataloader())
 
 
@@ -163,9 +166,70 @@ def test_calibration_goes_on_and_evaluation_does_not(tmp_path: Path) -> None:
     (root / "val" / "cat" / "000.jpg").write_bytes(encoded(0)[:200])
     with pytest.raises(DataError, match=r"val/cat/000\.jpg cannot be read .*: replace or delete it"):
         list(data.test_dataloader())
-    with pytest.raises(DataError, match=r"train/.* cannot be read .*: replace or delete it"):
-        list(data.val_dataloader())
     assert len(damaged) == 4
+
+
+def test_validation_images_taken_from_train_are_replaced_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root, damaged = write_damaged(tmp_path, 4)
+    options = {"batch_size": 9, "validation_share": 0.5}
+    data = folder_data(root, **options)
+    with caplog.at_level(logging.WARNING):
+        assert sum(len(labels) for _, labels in data.val_dataloader()) == 9
+        assert 0 < len(caplog.messages) < 4  # the others are trained on
+        for loader in (data.train_dataloader(), data.val_dataloader()):
+            list(loader)
+        data.calibration_batches(9)
+    # Once in all loaders together, and no address in memory is told.
+    assert len(caplog.messages) == 4
+    assert all(caplog.text.count(f"{path} cannot be decoded (") == 1 for path in damaged)
+    assert "4 of at most data.max_corrupted=100" in caplog.messages[-1]
+    limited = folder_data(root, **options, max_corrupted=3)
+    with pytest.raises(DataError, match=r"more than data\.max_corrupted=3 training images"):
+        list(limited.train_dataloader()) + list(limited.val_dataloader())
+
+
+def test_validation_images_of_their_own_folder_are_not_replaced(tmp_path: Path) -> None:
+    root = write_folder(tmp_path, {"train": 4, "val": 2, "test": 2})
+    (root / "val" / "cat" / "000.jpg").write_bytes(encoded(0)[:200])
+    with pytest.raises(DataError, match=r"val/cat/000\.jpg cannot be read .*: replace or delete it"):
+        list(folder_data(root).val_dataloader())
+
+
+def renamed_class(root: Path) -> None:
+    for split in ("train", "val"):
+        (root / split / "cat").rename(root / split / "cow")
+
+
+CHANGES = {
+    "class name": renamed_class,
+    "one more training image": lambda root: (root / "train" / "cat" / "9.jpg").write_bytes(encoded(9)),
+    "one test image less": lambda root: (root / "val" / "cat" / "000.jpg").unlink(),
+    "other images": lambda root: (root / "train" / "cat" / "000.jpg").rename(root / "train" / "cat" / "x.jpg"),
+    "class of an image": lambda root: (root / "train" / "cat" / "000.jpg").rename(root / "train" / "dog" / "9.jpg"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("name", ["image_folder", "shards"])
+def test_the_fingerprint_is_of_the_images_not_of_their_place(
+    tmp_path: Path, name: str, change: Callable[[Path], object]
+) -> None:
+    folder = write_folder(tmp_path / "folder", {"train": 4, "val": 2})
+
+    def fingerprint(version: str) -> str | None:
+        if name == "shards":
+            write_shards(folder, tmp_path / version)
+        else:
+            shutil.copytree(folder, tmp_path / version)
+        return create_data(name, root=tmp_path / version).fingerprint
+
+    before = fingerprint("first")
+    assert before is not None
+    assert fingerprint("copy") == before
+    (tmp_path / "copy").rename(tmp_path / "moved")
+    assert create_data(name, root=tmp_path / "moved").fingerprint == before
+    change(folder)
+    assert fingerprint("changed") != before
 
 
 class Recorder(LightningModule):

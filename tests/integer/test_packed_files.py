@@ -58,6 +58,14 @@ def test_a_loaded_model_gives_the_same_codes(seed: int, tmp_path: Path) -> None:
             assert torch.equal(step.operator.codes, other.operator.codes)
 
 
+def test_saving_again_gives_the_same_bytes(file: Path, tiny: IntegerModel) -> None:
+    found = {file.read_bytes()}
+    for _ in range(12):
+        lowprec.save(tiny, file)
+        found.add(file.read_bytes())
+    assert len(found) == 1
+
+
 def test_codes_take_two_and_four_bits_each(tmp_path: Path) -> None:
     for recipe, per_byte in (("w2a8_n4", 4), ("w4a8_n4", 2)):
         _, imodel = quantize(random_network(40), recipe, images(0))

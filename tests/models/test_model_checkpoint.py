@@ -90,6 +90,14 @@ def test_tied_weights_save(tmp_path: Path) -> None:
     load_checkpoint(model, tmp_path / "tied.safetensors")
 
 
+def test_saving_again_gives_the_same_bytes(tmp_path: Path) -> None:
+    model, path, found = nn.Linear(3, 3), tmp_path / "model.safetensors", set()
+    for _ in range(12):
+        save_checkpoint(model, path, {"epoch": "1", "seed": "0", "recipe": "w2a8_n4"})
+        found.add(path.read_bytes())
+    assert len(found) == 1
+
+
 def test_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, path = build(), tmp_path / "model.safetensors"
     save_checkpoint(model, path, {"run": "old"})

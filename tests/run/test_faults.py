@@ -225,7 +225,7 @@ FAULTS: dict[str, tuple[Callable[[Scene], list[str]], int, str]] = {
     "last.ckpt of another recipe": (
         resumed(other_identity("recipe", "{}")),
         1,
-        r"of another training \(quant\.activations\.bits: nothing there, 8 here; .*; and \d+ more\): give",
+        r"of another training \(quant\.activations\.bits: nothing there, 8 here; .*\): give",
     ),
     "last.ckpt of another model": (
         resumed(other_identity("model", "vgg")),

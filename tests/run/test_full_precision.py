@@ -12,9 +12,12 @@ from conftest import compose
 from PIL import Image
 from rich.console import Console
 
+from lowprec.config import ConfigError
 from lowprec.models import CheckpointError, save_checkpoint
 from lowprec.run.data import run_data
+from lowprec.run.directory import RunDirectory
 from lowprec.run.full_precision import baseline_file, build_model, full_precision_model
+from lowprec.run.stages import Run, check_same_data
 
 SAME = ["quant=w2a8_n64", "trainer.max_epochs=9", "optim.learning_rate=0.5", "data.root=/data", "data.num_workers=3"]
 SAME += ["logger=none", "run_id=mine", "calibration.images=9", "trainer.distillation.weight=0.5", "data.limit_test=9"]
@@ -76,6 +79,25 @@ def test_each_folder_of_images_has_its_own_baseline(tmp_path: Path) -> None:
     assert ("none yet" in says, classes) == (True, 2)
     says, classes = baseline_of(three.rename(tmp_path / "moved"))
     assert ("none yet" in says, classes) == (False, 3)
+
+
+def test_a_run_goes_on_with_the_images_that_it_began_with_alone(tmp_path: Path) -> None:
+    folder = write_photographs(tmp_path / "photographs", ("cat", "dog"))
+    config = compose(
+        *("experiment=custom", "data=image_folder", f"data.root={folder}", "data.image_size=16", "run_id=run"),
+        *(f"runs_dir={tmp_path}", "model=cifar_resnet8_tiny"),
+    )
+    directory = RunDirectory(config)
+    directory.open()
+    console = Console(quiet=True)
+    moved = folder.rename(tmp_path / "moved")
+    config.data.root = str(moved)
+    for _ in range(2):
+        check_same_data(Run(config, directory, run_data(config), console, torch.device("cpu")))
+    next(moved.glob("train/cat/*.png")).unlink()
+    with pytest.raises(ConfigError, match="run_id=run: the run began with other images than those in data.root=.*moved"):
+        check_same_data(Run(config, directory, run_data(config), console, torch.device("cpu")))
+    directory.close()
 
 
 def test_a_checkpoint_with_nan_is_refused_by_the_tensors_name(tmp_path: Path) -> None:
