@@ -14,11 +14,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lowprec.files import write_safetensors
 from lowprec.integer.model import IntegerModel, Step, expect_integer_model
 from lowprec.integer.operators import OPERATORS, Grid, IntegerLayer
 from lowprec.numerics.packing import pack_codes, packed_layout, unpack_codes
 from lowprec.targets import writable_path
+from lowprec.tensor_files import write_safetensors
 
 FORMAT = "lowprec"
 VERSION = 2

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lowprec.files import write_safetensors
+from lowprec.tensor_files import write_safetensors
 
 __all__ = ["CheckpointError", "check_published_head", "checkpoint_metadata", "load_checkpoint", "save_checkpoint"]
 

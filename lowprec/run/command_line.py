@@ -101,6 +101,9 @@ def run_to_exit_code(
     except ConfigError as error:
         on_error(error)
         return WRONG_CONFIGURATION
+    except RunFileError as error:
+        on_error(error)
+        return FAILED
     # Here, not above: torch takes seconds to import, and a mistake in the configuration should not have to wait for it.
     from filelock import Timeout
 

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from lowprec.config import INCIDENTAL_KEYS, ConfigError, RunConfig
 from lowprec.files import whole_file
+from lowprec.training.differences import differences
 
 
 class RunInUseError(RuntimeError):
@@ -60,8 +63,8 @@ class RunDirectory:
         then. Returns that state.
 
         Raises:
-            ConfigError: the folder holds a run with another configuration; the first differing key is named.
-            RunInUseError: another process works on this run.
+            ConfigError: the folder holds a run with another configuration; the differing keys are named.
+            RunInUseError: another process works on this run. RunFileError: config.yaml or run.json is damaged.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock()
@@ -103,16 +106,27 @@ class RunDirectory:
         """The configuration that the run in the folder was started with.
 
         Raises:
-            ConfigError: there is no run in the folder.
+            ConfigError: there is no run in the folder. RunFileError: its config.yaml is damaged.
         """
         if not self.started:
             raise ConfigError(
                 f"there is no run in {self.path}{_runs_hint(self.path.parent)}; "
                 "task=train makes one, run_id=NAME or the same experiment and overrides find it"
             )
-        stored: RunConfig = OmegaConf.to_object(  # type: ignore[assignment]
-            OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(self.config_file))
-        )
+        try:
+            content = OmegaConf.load(self.config_file)
+            if not isinstance(content, DictConfig) or not content:
+                raise ValueError("it holds no keys")
+            stored: RunConfig = OmegaConf.to_object(  # type: ignore[assignment]
+                OmegaConf.merge(OmegaConf.structured(RunConfig), content)
+            )
+        # Text that is no UTF-8, or no YAML; keys and values that no run has.
+        except (ValueError, YAMLError, OmegaConfBaseException) as error:
+            reason = " ".join(str(error).split())
+            raise RunFileError(
+                f"{self.config_file} is damaged ({reason}), so it is unknown what the run beside it is: put the file back, give "
+                "this run another run_id=NAME, or throw the old one away with fresh=true"
+            ) from error
         return stored
 
     @property
@@ -144,15 +158,13 @@ class RunDirectory:
             write_text(self.state_file, json.dumps(self.state, indent=2) + "\n")
 
     def check_configuration(self) -> None:
-        """Raises ConfigError when the run in the folder was started with another configuration; names the first key."""
-        stored, composed = identity(self.stored_config()), identity(self.config)
-        for key in sorted({*stored, *composed}):
-            ours, theirs = composed.get(key, "nothing"), stored.get(key, "nothing")
-            if ours != theirs:
-                raise ConfigError(
-                    f"{self.path} holds a run with {key}={theirs}, and this one has {key}={ours}: "
-                    "give it another run_id=NAME, or throw the old one away with fresh=true"
-                )
+        """Raises ConfigError when the run in the folder was started with another configuration; names what differs."""
+        different = differences(identity(self.stored_config()), identity(self.config))
+        if different:
+            raise ConfigError(
+                f"{self.path} holds a run with another configuration ({different}): give this one another run_id=NAME, or throw "
+                "the old one away with fresh=true"
+            )
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -17,7 +17,7 @@ from lowprec.config import ConfigError, RunConfig
 # Exit codes of a training's processes, in the order in which they say what happened to all of them: a wrong configuration,
 # a failure, Ctrl-C, another signal.
 _TELLING = (2, 1, 130, 75)
-_SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75}
+_SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGHUP: 75, signal.SIGUSR1: 75}
 
 
 def needs_launch(config: RunConfig) -> bool:
@@ -46,7 +46,9 @@ def launch_processes(config: RunConfig, overrides: Sequence[str]) -> int:
     # The training says itself what went wrong.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
-    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", ",".join(number.name for number in _SIGNALS))
+    # Under nohup a lost terminal is ignored, and stays so.
+    heard = [number.name for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", ",".join(heard))
     launch = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

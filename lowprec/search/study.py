@@ -23,6 +23,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lowprec.config import ConfigError
 from lowprec.search.settings import PrunerSettings, SamplerSettings
+from lowprec.training.differences import differences
 
 _FILE = "study.journal"
 # A trial that its worker did not survive so often (memory ran out, say) would not let the next one live either.
@@ -66,13 +67,11 @@ class SharedStudy:
             if stored is None:
                 self.study.set_user_attr("settings", wanted)
                 return
-            for key in sorted({*stored, *wanted}):
-                ours, theirs = wanted.get(key, "nothing"), stored.get(key, "nothing")
-                if ours != theirs:
-                    raise ConfigError(
-                        f"{self.folder} holds a search with {key}={theirs}, and this one has {key}={ours}: throw the old one "
-                        "away with fresh=true, or keep both with hydra.sweep.dir=FOLDER"
-                    )
+            if different := differences(stored, wanted):
+                raise ConfigError(
+                    f"{self.folder} holds another search ({different}): throw the old one away with fresh=true, or keep "
+                    "both with hydra.sweep.dir=FOLDER"
+                )
 
     def claim(self, n_trials: int) -> optuna.Trial | None:
         """A trial for this worker: one that was cut off, else a new one; None when there are ``n_trials`` already."""

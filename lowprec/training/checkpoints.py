@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -22,8 +24,8 @@ from lowprec.training import processes
 
 BEST = "best.safetensors"
 LAST = "last.ckpt"
-# Ctrl-C; the end of a job or its preemption; SLURM's and submitit's warnings before a job's time is over.
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+# Ctrl-C; the end of a job or its preemption; a lost terminal; SLURM's and submitit's warnings before a job's time is over.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Interrupted(Exception):
@@ -53,7 +55,9 @@ class DurableCheckpoints(TorchCheckpointIO):
         # torch.save reports a full disk as a RuntimeError of its own.
         except (OSError, RuntimeError) as error:
             kept = (
-                f"the one before it ({_age(Path(path))}) is kept" if Path(path).is_file() else "there is none before it"
+                f"the one before it ({written_at(Path(path))}) is kept"
+                if Path(path).is_file()
+                else "there is none before it"
             )
             reason = str(error).strip().splitlines()[0]
             raise CheckpointWriteError(
@@ -76,7 +80,7 @@ class BestAndLast(Checkpoint):
         self.best_top1 = -1.0
         self.best_epoch = -1
         self._signal = 0
-        self._hears = False
+        self._heard: tuple[signal.Signals, ...] = ()
         self._step = -1
         self._written = time.monotonic()
 
@@ -95,8 +99,10 @@ class BestAndLast(Checkpoint):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        previous = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
-        self._hears = True
+        # What nohup has made deaf to the loss of its terminal stays so.
+        deaf = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        self._heard = tuple(number for number in SIGNALS if number != signal.SIGHUP or not deaf)
+        previous = {number: signal.signal(number, self._on_signal) for number in self._heard}
         try:
             yield
         except Interrupted as stop:
@@ -105,13 +111,13 @@ class BestAndLast(Checkpoint):
                 handler(stop.number, None)
             raise
         finally:
-            self._hears = False
+            self._heard = ()
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         # Lightning has put a handler of its own there, which stops at once, or waits for processes that do not wait for it.
-        for number in SIGNALS if self._hears else ():
+        for number in self._heard:
             signal.signal(number, self._on_signal)
 
     def on_train_batch_end(
@@ -150,8 +156,20 @@ class BestAndLast(Checkpoint):
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._signal and number == signal.SIGINT:
             raise Interrupted(number)
+        if number == signal.SIGHUP:
+            _leave_lost_terminal()
         self._signal = self._signal or number
 
 
-def _age(path: Path) -> str:
+def _leave_lost_terminal() -> None:
+    """Output to a terminal that is gone would fail, and end the training before its checkpoint is written."""
+    for descriptor in (1, 2):
+        if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
+
+
+def written_at(path: Path) -> str:
+    """When a file was written, in local time."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(path.stat().st_mtime))

@@ -25,7 +25,7 @@ from lowprec.training.checkpoints import BEST, LAST, BestAndLast, DurableCheckpo
 from lowprec.training.equality import EqualModels
 from lowprec.training.module import Classification
 from lowprec.training.precision import choose_accelerator, choose_precision
-from lowprec.training.resume import ResumedData, batches_done
+from lowprec.training.resume import ResumedData, ResumeLine, batches_done
 from lowprec.training.watch import watch_callbacks
 
 # Each says what is so on purpose here, and none what a user could act on.
@@ -41,13 +41,6 @@ _IRRELEVANT_WARNINGS = (
     ".*Grad strides do not match bucket view strides.*",
     ".*`srun` command is available.*",
 )
-# What Lightning is told in each debug mode.
-_DEBUG: dict[str | None, dict[str, Any]] = {
-    None: {},
-    "one_batch": {"max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 1},
-    "overfit": {"overfit_batches": 1},
-    "profile": {"max_epochs": 1, "limit_train_batches": 12, "limit_val_batches": 1},
-}
 
 
 def fit(
@@ -76,23 +69,27 @@ def fit(
 
     Raises:
         Interrupted: a signal came; ``last.ckpt`` holds the state after the last whole step. CheckpointError: ``last.ckpt`` is
-        damaged or another training's. CheckpointWriteError: a full disk. DesynchronizedError: the processes differ.
+        damaged or another training's, or the best weights beside it are. CheckpointWriteError: a full disk.
+        DesynchronizedError: the processes differ.
     """
     _quiet_lightning()
+    last = folder / LAST
+    done = processes.on_main(lambda: batches_done(last, module.identity) if last.is_file() else None)
+    resume_line = [] if done is None else [ResumeLine(title, console, last)]
     checkpoints = BestAndLast(folder, settings.checkpoint_minutes)
     accelerator = choose_accelerator(settings.accelerator)
     watch = watch_callbacks(settings, folder=folder, title=title, console=console)
     if settings.sync_batchnorm:
         synchronize_batch_norms(module)
     trainer = lightning.Trainer(
-        **{"max_epochs": max_epochs, **_DEBUG[settings.debug]},
+        max_epochs=max_epochs,
         **_processes(accelerator),
         precision=choose_precision(settings.precision, accelerator),
         gradient_clip_val=settings.gradient_clip,
         accumulate_grad_batches=settings.accumulate_grad_batches,
         # A warning, not an error: a few CUDA kernels have no deterministic form.
         deterministic="warn",
-        callbacks=[*callbacks, *watch, EqualModels(), checkpoints],
+        callbacks=[*resume_line, *callbacks, *watch, EqualModels(), checkpoints],
         logger=list(loggers) or False,
         log_every_n_steps=settings.log_every_steps,
         enable_checkpointing=True,
@@ -101,8 +98,6 @@ def fit(
         num_sanity_val_steps=0,
         default_root_dir=folder,
     )
-    last = folder / LAST
-    done = processes.on_main(lambda: batches_done(last, module.identity) if last.is_file() else None)
     if processes.rank():
         # Each process draws its own dropout masks; the main one's are those of a training on its own.
         seed_everything(torch.initial_seed() + processes.rank(), workers=True, verbose=False)

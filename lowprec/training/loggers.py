@@ -95,7 +95,9 @@ def _read_rows(path: Path) -> dict[int, dict[str, float]]:
     # A killed process may have left half a line at the end.
     whole = text[: text.rfind("\n") + 1]
     return {
-        int(row.pop("step")): {name: float(value) for name, value in row.items() if value}
+        int(row.pop("step")): {
+            name: int(float(value)) if name == "epoch" else float(value) for name, value in row.items() if value
+        }
         for row in csv.DictReader(io.StringIO(whole))
     }
 
@@ -119,6 +121,8 @@ def create_loggers(config: LoggerConfig, folder: Path, run_name: str, content: d
 def _wandb_logger(config: LoggerConfig, folder: Path, run_name: str, content: dict[str, Any]) -> WandbLogger:
     # Nothing on the terminal but errors: the run has its own words, and no prompt may stop it.
     os.environ.setdefault("WANDB_SILENT", "true")
+    if not os.environ.get("WANDB_MODE"):
+        os.environ.pop("WANDB_MODE", None)  # W&B stops at an empty one
     import wandb
 
     def started(offline: bool) -> Any:

@@ -51,7 +51,8 @@ class Classification(lightning.LightningModule):
         self.distillation = distillation or DistillationConfig()
         self.identity = identity or {}
         self._own_state: dict[str, Any] = {}
-        # Loss, correct ones and images: sums of this process's share.
+        # Loss, correct ones and images of an epoch: sums of this process's share.
+        self._training = torch.zeros(3, dtype=torch.float64)
         self._validation = torch.zeros(3, dtype=torch.float64)
         # In a tuple for the same reason as the teacher below.
         self._compiled = (torch.compile(self.model),) if compiled else ()
@@ -76,6 +77,12 @@ class Classification(lightning.LightningModule):
         buffers = dict(self.model.named_buffers())
         for name, statistic in self._own_state.get("statistics", {}).items():
             buffers[name].copy_(statistic)
+        # Lightning starts no epoch where a run goes on in the middle of one.
+        sums = self._own_state.get("training", [0.0, 0.0, 0.0])
+        self._training = torch.tensor(sums, dtype=torch.float64, device=self.device)
+
+    def on_train_epoch_start(self) -> None:
+        self._training = torch.zeros(3, dtype=torch.float64, device=self.device)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         images, labels = batch
@@ -92,10 +99,13 @@ class Classification(lightning.LightningModule):
             weight=self.distillation.weight,
             temperature=self.distillation.temperature,
         )
-        top1 = (logits.detach().argmax(dim=1) == labels).float().mean()
-        self.log("train/loss", loss.detach(), on_step=False, on_epoch=True, batch_size=len(labels), sync_dist=True)
-        self.log("train/top1", top1, on_step=False, on_epoch=True, batch_size=len(labels), sync_dist=True)
+        self._training += _sums(loss.detach() * len(labels), logits, labels)
         return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_index: int) -> None:
+        # Not at the epoch's end, where callbacks that show these come first.
+        if self.trainer.is_last_batch:
+            self._log_means("train", self._training, on_step=False, on_epoch=True, batch_size=1)
 
     def on_validation_epoch_start(self) -> None:
         self._validation = torch.zeros(3, dtype=torch.float64, device=self.device)
@@ -105,14 +115,16 @@ class Classification(lightning.LightningModule):
         with float32_evaluation(self.device):
             logits = self(images)
             loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
-        correct = (logits.argmax(dim=1) == labels).sum()
-        self._validation += torch.stack([loss, correct, torch.full_like(loss, len(labels))])
+        self._validation += _sums(loss, logits, labels)
 
     def on_validation_epoch_end(self) -> None:
+        self._log_means("val", self._validation)
+
+    def _log_means(self, split: str, sums: Tensor, **settings: Any) -> None:
         # Sums over all processes, not means of means: their shares of the images need not be equal.
-        loss, correct, images = processes.total(*self._validation.tolist())
-        self.log("val/loss", loss / max(1, images))
-        self.log("val/top1", correct / max(1, images))
+        loss, correct, images = processes.total(*sums.tolist())
+        self.log(f"{split}/loss", loss / max(1, images), **settings)
+        self.log(f"{split}/top1", correct / max(1, images), **settings)
 
     def configure_optimizers(self) -> Any:
         optimizer = create_optimizer(self.model, self.optim)
@@ -124,7 +136,7 @@ class Classification(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[IDENTITY] = self.identity
-        # Called in all processes: each has random numbers and, within an epoch, batch statistics of its own.
+        # Called in all processes: each has random numbers and, within an epoch, sums and batch statistics of its own.
         checkpoint["own_states"] = processes.gathered(self._state())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -137,6 +149,7 @@ class Classification(lightning.LightningModule):
             "torch": torch.get_rng_state(),
             "python": random.getstate(),
             "numpy": (keys.tolist(), *position),  # type: ignore[union-attr]
+            "training": self._training.tolist(),
         }
         if self.device.type == "cuda":
             state["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -152,6 +165,12 @@ class Classification(lightning.LightningModule):
         np.random.set_state(("MT19937", *state["numpy"]))  # noqa: NPY002
         if "cuda" in state and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda"], self.device)
+
+
+def _sums(loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """Loss, correct ones and images of a batch, [3]; loss: summed over it. Does not wait for the device."""
+    correct = (logits.detach().argmax(dim=1) == labels).sum()
+    return torch.stack([loss, correct, torch.full_like(loss, len(labels))])
 
 
 def _is_statistic(name: str) -> bool:

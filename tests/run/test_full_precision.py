@@ -95,7 +95,7 @@ def test_a_run_goes_on_with_the_images_that_it_began_with_alone(tmp_path: Path) 
     for _ in range(2):
         check_same_data(Run(config, directory, run_data(config), console, torch.device("cpu")))
     next(moved.glob("train/cat/*.png")).unlink()
-    with pytest.raises(ConfigError, match="run_id=run: the run began with other images than those in data.root=.*moved"):
+    with pytest.raises(ConfigError, match="run_id=run: the run began with other images than those in"):
         check_same_data(Run(config, directory, run_data(config), console, torch.device("cpu")))
     directory.close()
 

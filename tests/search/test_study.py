@@ -110,9 +110,9 @@ def test_the_study_is_told_how_a_trial_ended(
     assert (told.state, told.value) == (state, value)
 
 
-def test_another_search_in_the_same_folder_is_refused_by_its_first_other_key(tmp_path: Path) -> None:
+def test_another_search_in_the_same_folder_is_refused_by_what_differs(tmp_path: Path) -> None:
     worker(tmp_path, epochs=3).release()
-    with pytest.raises(ConfigError, match=r"a search with epochs=3, and this one has epochs=4: .*fresh=true"):
+    with pytest.raises(ConfigError, match=r"another search \(epochs: 3 there, 4 here\): .*fresh=true"):
         worker(tmp_path, epochs=4)
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
+import pty
 import resource
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from lowprec.models import CheckpointError
+from lowprec.recipe import Recipe
 from lowprec.training.checkpoints import BestAndLast, CheckpointWriteError, DurableCheckpoints, Interrupted
 from lowprec.training.resume import IDENTITY, batches_done
 
@@ -23,6 +27,23 @@ from lowprec.training.checkpoints import DurableCheckpoints
 for step in range(1, 10_000):
     DurableCheckpoints().save_checkpoint({"step": step, "weights": torch.full((4_000_000,), float(step))}, sys.argv[1])
     print(step, flush=True)
+"""
+
+# With a terminal of its own, which it loses; it prints when it has heard that.
+LISTENER = """
+import fcntl, sys, termios, time
+from pathlib import Path
+from lowprec.training.checkpoints import BestAndLast
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+checkpoints = BestAndLast(Path(sys.argv[1]))
+with checkpoints.listening():
+    print("ready", flush=True)
+    while not checkpoints._signal:
+        time.sleep(0.01)
+    print("a line", flush=True)
+    print("an error", file=sys.stderr, flush=True)
+Path(sys.argv[1], "heard").write_text(str(checkpoints._signal))
+sys.exit(75)
 """
 
 
@@ -64,7 +85,20 @@ def test_a_kill_while_it_is_written_leaves_a_whole_checkpoint(delay: float, tmp_
     assert torch.equal(content["weights"], torch.full((4_000_000,), float(content["step"])))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
+@pytest.fixture
+def with_a_terminal() -> Iterator[None]:
+    """SIGHUP is heard, also where these tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT],
+    ids=lambda number: number.name,
+)
+@pytest.mark.usefixtures("with_a_terminal")
 def test_a_signal_only_sets_a_flag(number: signal.Signals, tmp_path: Path) -> None:
     before = signal.getsignal(number)
     checkpoints = BestAndLast(tmp_path)
@@ -72,6 +106,34 @@ def test_a_signal_only_sets_a_flag(number: signal.Signals, tmp_path: Path) -> No
         os.kill(os.getpid(), number)
         assert checkpoints._signal == number
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.usefixtures("with_a_terminal")
+def test_under_nohup_a_lost_terminal_changes_nothing(tmp_path: Path) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    checkpoints = BestAndLast(tmp_path)
+    with checkpoints.listening():
+        checkpoints.on_train_start(None, None)  # type: ignore[arg-type]  # it looks at neither
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert checkpoints._signal == 0
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_what_is_said_to_a_lost_terminal_is_no_error(tmp_path: Path) -> None:
+    """A bar that is drawn after the loss would otherwise end the training before its checkpoint is written."""
+    keeper, terminal = pty.openpty()
+    listener = subprocess.Popen(
+        [sys.executable, "-c", LISTENER, str(tmp_path)],
+        stdout=terminal,
+        stderr=terminal,
+        stdin=terminal,
+        start_new_session=True,
+    )
+    os.close(terminal)
+    assert b"ready" in os.read(keeper, 100)
+    os.close(keeper)
+    assert listener.wait(60) == 75
+    assert (tmp_path / "heard").read_text() == "1"
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
@@ -109,10 +171,18 @@ def checkpoint(file: Path, **identity: object) -> Path:
 def test_a_checkpoint_knows_its_training(tmp_path: Path) -> None:
     file = checkpoint(tmp_path / "last.ckpt", model="resnet18", recipe="w2a8_n4")
     assert batches_done(file, {"model": "resnet18", "recipe": "w2a8_n4"}) == 7
-    with pytest.raises(CheckpointError, match="its recipe is w2a8_n4, and this one's is w4a8_n4"):
+    with pytest.raises(CheckpointError, match=r"training \(recipe: w2a8_n4 there, w4a8_n4 here\): .*fresh=true"):
         batches_done(file, {"model": "resnet18", "recipe": "w4a8_n4"})
-    with pytest.raises(CheckpointError, match="its processes is nothing, and this one's is 2"):
+    with pytest.raises(CheckpointError, match="processes: nothing there, 2 here"):
         batches_done(file, {"model": "resnet18", "processes": 2, "recipe": "w2a8_n4"})
+
+
+def test_of_another_recipe_the_keys_that_differ_are_named(tmp_path: Path) -> None:
+    recipes = [json.dumps(Recipe.load(name).to_dict()) for name in ("w2a8_n4", "w4a8_n4")]
+    file = checkpoint(tmp_path / "last.ckpt", recipe=recipes[0])
+    with pytest.raises(CheckpointError, match=r"quant\.weights\.bits: 2 there, 4 here") as caught:
+        batches_done(file, {"recipe": recipes[1]})
+    assert "{" not in str(caught.value)
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as lightning
 import pytest
@@ -18,10 +19,10 @@ from torch import Tensor, nn
 from lowprec.calibrate import calibrate
 from lowprec.config import DistillationConfig, OptimConfig, TrainerConfig
 from lowprec.data import DataModule, create_data
-from lowprec.models import checkpoint_metadata, create_model
+from lowprec.models import CheckpointError, checkpoint_metadata, create_model
 from lowprec.prepare import prepare
 from lowprec.recipe import Recipe
-from lowprec.training.checkpoints import BEST, LAST, Interrupted, TrainingDiverged
+from lowprec.training.checkpoints import BEST, LAST, Interrupted, TrainingDiverged, written_at
 from lowprec.training.evaluation import top1
 from lowprec.training.fit import fit
 from lowprec.training.module import Classification
@@ -43,7 +44,13 @@ def fake_quant_model(data: DataModule) -> nn.Module:
 
 
 def train(
-    model: nn.Module, data: DataModule, folder: Path, *, callbacks: Sequence[Callback] = (), **settings: Any
+    model: nn.Module,
+    data: DataModule,
+    folder: Path,
+    *,
+    callbacks: Sequence[Callback] = (),
+    console: Console | None = None,
+    **settings: Any,
 ) -> int:
     module = Classification(
         model,
@@ -57,8 +64,8 @@ def train(
         folder=folder,
         max_epochs=EPOCHS,
         settings=TrainerConfig(precision="32", accelerator="cpu", progress="none", **settings),
-        title="",
-        console=Console(quiet=True),
+        title="fine-tuning",
+        console=console or Console(quiet=True),
         callbacks=callbacks,
     )
 
@@ -72,13 +79,31 @@ def assert_equal_states(first: dict[str, Tensor], second: dict[str, Tensor]) -> 
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
+class EpochMetrics(Callback):
+    """Training loss and top-1 of each epoch."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, tuple[float, float]] = {}
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        metrics = trainer.callback_metrics
+        self.seen[trainer.current_epoch] = (float(metrics["train/loss"]), float(metrics["train/top1"]))
+
+
+class Undisturbed(NamedTuple):
+    """A training that nothing disturbed: its best weights, its last checkpoint, its metrics by epoch."""
+
+    weights: dict[str, Tensor]
+    last: dict[str, Any]
+    metrics: dict[int, tuple[float, float]]
+
+
 @pytest.fixture(scope="module")
-def undisturbed(data: DataModule, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The best weights and the last checkpoint of a training that nothing disturbed."""
+def undisturbed(data: DataModule, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     folder = tmp_path_factory.mktemp("undisturbed")
-    model = fake_quant_model(data)
-    train(model, data, folder)
-    return state(model), torch.load(folder / LAST, weights_only=True)
+    model, metrics = fake_quant_model(data), EpochMetrics()
+    train(model, data, folder, callbacks=[metrics])
+    return Undisturbed(state(model), torch.load(folder / LAST, weights_only=True), metrics.seen)
 
 
 class StopAt(Callback):
@@ -95,18 +120,32 @@ class StopAt(Callback):
 
 
 @pytest.mark.parametrize(
-    "stop", [StopAt(0, 9), StopAt(1, 4), StopAt(0, 0)], ids=["epoch_end", "mid_epoch", "first_step"]
+    ("stop", "goes_on_at"),
+    [
+        (StopAt(0, 9), "epoch 2/3, step 11/30"),
+        (StopAt(1, 4), "epoch 2/3, step 16/30"),
+        (StopAt(0, 0), "epoch 1/3, step 2/30"),
+    ],
+    ids=["epoch_end", "mid_epoch", "first_step"],
 )
 def test_a_training_cut_off_by_ctrl_c_ends_like_an_undisturbed_one(
-    stop: StopAt, data: DataModule, undisturbed: tuple[dict[str, Tensor], dict[str, Any]], tmp_path: Path
+    stop: StopAt, goes_on_at: str, data: DataModule, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     before = signal.getsignal(signal.SIGINT)
+    metrics, console = EpochMetrics(), Console(file=io.StringIO(), width=200)
     with pytest.raises(Interrupted):
-        train(fake_quant_model(data), data, tmp_path, callbacks=[stop])
+        train(fake_quant_model(data), data, tmp_path, callbacks=[stop, metrics], console=console)
     assert signal.getsignal(signal.SIGINT) is before
     resumed = fake_quant_model(data)
-    train(resumed, data, tmp_path)
-    weights, last = undisturbed
+    written = written_at(tmp_path / LAST)
+    train(resumed, data, tmp_path, callbacks=[metrics], console=console)
+    # Of the whole epoch, whichever process did which part of it.
+    assert metrics.seen == undisturbed.metrics
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue() == (
+        f"fine-tuning  going on at {goes_on_at}, from {tmp_path.name}/last.ckpt of {written}\n"
+    )
+    weights, last = undisturbed.weights, undisturbed.last
     assert_equal_states(state(resumed), weights)
     found = torch.load(tmp_path / LAST, weights_only=True)
     assert_equal_states(found["state_dict"], last["state_dict"])
@@ -115,6 +154,26 @@ def test_a_training_cut_off_by_ctrl_c_ends_like_an_undisturbed_one(
     assert all(
         torch.equal(momenta[0][key]["momentum_buffer"], momenta[1][key]["momentum_buffer"]) for key in momenta[0]
     )
+
+
+@pytest.mark.parametrize(("kept", "words"), [(None, "is missing"), (40, r"cannot be read \(.*\)")])
+def test_best_weights_that_are_gone_are_noticed_at_once(
+    kept: int | None, words: str, data: DataModule, tmp_path: Path
+) -> None:
+    with pytest.raises(Interrupted):
+        train(fake_quant_model(data), data, tmp_path, callbacks=[StopAt(1, 4)])
+    best = tmp_path / BEST
+    content = best.read_bytes()
+    best.unlink()
+    if kept is not None:
+        best.write_bytes(content[:kept])
+    metrics = EpochMetrics()
+    with pytest.raises(CheckpointError, match=rf"best\.safetensors {words}: .* Put the file back, or .*fresh=true"):
+        train(fake_quant_model(data), data, tmp_path, callbacks=[metrics])
+    assert metrics.seen == {}
+    best.write_bytes(content)
+    train(fake_quant_model(data), data, tmp_path, callbacks=[metrics])
+    assert set(metrics.seen) == {1, 2}
 
 
 def test_a_finished_training_is_not_done_again(data: DataModule, tmp_path: Path) -> None:

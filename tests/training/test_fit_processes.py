@@ -45,12 +45,13 @@ def network(data: DataModule, quantized: bool) -> nn.Module:
 
 
 class Recorder(Callback):
-    """Validation figures after each epoch, and the loss of each step; sends this process a signal after a step."""
+    """Figures of each epoch, and the loss of each step; sends this process a signal after a step."""
 
     def __init__(self, stop_after: int | None = None) -> None:
         self.stop_after = stop_after
         self.losses: list[float] = []
         self.validation: list[float] = []
+        self.training: list[tuple[float, float]] = []
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -61,6 +62,10 @@ class Recorder(Callback):
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.validation.append(float(trainer.callback_metrics["val/loss"]))
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        metrics = trainer.callback_metrics
+        self.training.append((float(metrics["train/loss"]), float(metrics["train/top1"])))
 
 
 class InFloat64(Classification):
@@ -97,6 +102,7 @@ def train(
         "state": {name: tensor.clone() for name, tensor in model.state_dict().items()},
         "losses": recorder.losses,
         "validation": recorder.validation,
+        "training": recorder.training,
         "top1": top1(lambda images: model(images.double()), data.test_dataloader()),
     }
 
@@ -122,8 +128,9 @@ def test_two_processes_with_half_the_batch_are_one_with_the_whole(tmp_path: Path
         halves = [(a + b) / 2 for a, b in zip(first["losses"], second["losses"], strict=True)]
         torch.testing.assert_close(torch.tensor(halves), torch.tensor(one["losses"]), rtol=1e-5, atol=1e-6)
         assert_close(first["state"], one["state"])
-        torch.testing.assert_close(first["validation"], one["validation"], rtol=1e-5, atol=1e-6)
-        assert first["validation"] == second["validation"]
+        for figures in ("validation", "training"):
+            torch.testing.assert_close(torch.tensor(first[figures]), torch.tensor(one[figures]), rtol=1e-5, atol=1e-6)
+            assert first[figures] == second[figures]
         assert first["top1"] == second["top1"]
         assert first["top1"] == one["top1"]
         for name, tensor in first["state"].items():
@@ -172,6 +179,7 @@ def undisturbed_and_stopped(folder: Path) -> dict[str, Any]:
         "stopped by": stopped_by,
         "steps before": len(recorder.losses),
         "steps": (len(quiet["losses"]), len(recorder.losses) + len(resumed["losses"])),
+        "training": (quiet["training"], resumed["training"]),
         "best": [fingerprints_of(state) for state in (quiet["state"], resumed["state"])],
         "last": [fingerprints_of(content["state_dict"]) for content in last],
         "optimizer": [
@@ -194,6 +202,9 @@ def test_two_processes_that_were_stopped_within_an_epoch_end_with_the_same_bits(
         # Four batches, two steps of the optimizer: both processes stopped after the same one, within the first epoch.
         assert result["steps before"] == 4
         assert result["steps"][0] == result["steps"][1]
+        # The first epoch's figures too, of which each process did a part before it was stopped.
+        assert len(result["training"][0]) == 2
+        assert result["training"][0] == result["training"][1]
         assert result["best"][0] == result["best"][1]
         assert result["last"][0] == result["last"][1]
         assert all(map(torch.equal, *result["optimizer"]))

@@ -53,7 +53,8 @@ def test_a_resumed_run_goes_on_with_the_file_and_redoes_what_came_after(tmp_path
     resumed = MetricsFile(path)
     resumed.log_metrics({"epoch": 1, "train/loss": 0.9}, step=19)
     resumed.finalize("success")
-    assert [(row["step"], row["train/loss"]) for row in rows(path)] == [("9", "1.5"), ("19", "0.9")]
+    expected = [("9", "0", "1.5"), ("19", "1", "0.9")]
+    assert [(row["step"], row["epoch"], row["train/loss"]) for row in rows(path)] == expected
 
 
 def test_a_file_that_nothing_was_logged_to_stays(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from lowprec.files import write_safetensors
+from lowprec.tensor_files import write_safetensors
 
 TENSORS = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.tensor([1, 2, 3], dtype=torch.uint8)}
 TEXTS = {"version": "2", "format": "lowprec", "name": 'é "quoted"\n', "checksum": "0f"}
