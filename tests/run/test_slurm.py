@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,25 @@ class Job:
             int(line) for line in command("pgrep", "-f", f"train.py .*run_id={self.name}$").split() if _is_python(line)
         ]
 
+    @contextmanager
+    def paused(self) -> Iterator[list[int]]:
+        """Within it, the training's processes stand still; signals reach them afterwards."""
+        processes = self.processes()
+        assert len(processes) == 2, self.output
+        for process in processes:
+            os.kill(process, signal.SIGSTOP)
+        try:
+            yield processes
+        finally:
+            for process in processes:
+                os.kill(process, signal.SIGCONT)
+
+
+def _is_warned(process: int) -> bool:
+    """Whether SIGUSR1 waits for a process that stands still."""
+    (pending,) = re.findall(r"ShdPnd:\t(\w+)", Path(f"/proc/{process}/status").read_text())
+    return bool(int(pending, 16) >> (signal.SIGUSR1 - 1) & 1)
+
 
 def _is_python(process: str) -> bool:
     try:
@@ -191,8 +211,10 @@ def test_a_job_that_is_warned_before_its_time_is_over_comes_back_to_the_same_bit
 ) -> None:
     job = Job(folder, "warned", "slurm.time_minutes=20", "slurm.signal_seconds=110")
     job.reaches(3)
-    # Its time is nearly over now: SLURM warns it.
-    command("scontrol", "update", f"jobid={job.id}", "TimeLimit=2")
+    # Its time is nearly over now: SLURM warns it, at its leisure. A training that stands still is not over before.
+    with job.paused() as processes:
+        command("scontrol", "update", f"jobid={job.id}", "TimeLimit=2")
+        wait_for(lambda: all(map(_is_warned, processes)), f"the warning of {job.name}\n{job.output}")
     wait_for(lambda: job.restarts == 1 and job.state == "PENDING", f"the requeueing of {job.name}\n{job.output}")
     command("scontrol", "update", f"jobid={job.id}", "TimeLimit=20")
     job.ends()

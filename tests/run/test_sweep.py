@@ -15,6 +15,7 @@ import pytest
 from conftest import CONFIG_FOLDER, REPOSITORY, compose, start_train
 from optuna.trial import TrialState, create_trial
 
+from lowprec.run.command_line import FAILED
 from lowprec.run.sweep import sweep_records
 from lowprec.search.settings import PrunerSettings, SamplerSettings
 from lowprec.search.space import FloatDistribution
@@ -94,15 +95,14 @@ def table(folder: Path) -> list[dict[str, str]]:
 
 def test_a_failed_trial_is_recorded_and_the_sweep_goes_on(workplace: Workplace) -> None:
     overrides = ("experiment=digits_smoke", *SMALL, "baseline.max_epochs=2", "trainer.max_epochs=1")
-    # The second one's loss is infinite, and the third one is none at all.
-    output, errors = workplace.train("-m", *overrides, "optim.learning_rate=0.01,1e30,0", code=2)
+    # The loss of the second one is infinite.
+    output, errors = workplace.train("-m", *overrides, "optim.learning_rate=0.01,1e30", code=FAILED)
     rows = table(workplace.sweep_folder())
     assert (rows[0]["optim.learning_rate"], rows[0]["status"]) == ("0.01", "finished")
     failed = {float(row["optim.learning_rate"]): row["error"] for row in rows[1:] if row["status"] == "failed"}
-    assert set(failed) == {1e30, 0.0}
+    assert set(failed) == {1e30}
     assert "training diverged" in failed[1e30]
-    assert failed[0.0] == "optim.learning_rate=0.0: expected above 0"
-    assert all(f"error: {message}" in errors for message in failed.values())
+    assert f"error: {failed[1e30]}" in errors
     best = rows[0]
     run = workplace.folder / best["run"]
     assert (run / "summary.json").is_file()
@@ -253,7 +253,14 @@ def test_trials_in_other_processes_are_in_the_table_too(workplace: Workplace) ->
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     overrides = ("experiment=digits_smoke", *SMALL, "baseline.max_epochs=2", "trainer.max_epochs=1")
     launcher = ("hydra/launcher=submitit_local", "hydra.launcher.cpus_per_task=1", "hydra.launcher.timeout_min=5")
-    workplace.train("-m", *overrides, *launcher, "optim.learning_rate=0.01,0", code=2)
+    workplace.train("-m", *overrides, *launcher, "optim.learning_rate=0.01,1e30", code=FAILED)
     rows = table(workplace.sweep_folder())
     assert [row["status"] for row in rows] == ["finished", "failed"]
-    assert rows[1]["error"] == "optim.learning_rate=0.0: expected above 0"
+    assert "training diverged" in rows[1]["error"]
+
+
+def test_an_impossible_value_is_refused_before_any_trial(workplace: Workplace) -> None:
+    output, errors = workplace.train("-m", "experiment=digits_smoke", "optim.learning_rate=0.01,0", code=2)
+    assert errors == "error: optim.learning_rate=0.0: expected above 0\n"
+    assert output == ""
+    assert not (workplace.folder / "runs").exists()
