@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import lowprec
-from lowprec.calibrate import ADD_REACH, MASK_EXPONENT, calibrate
+from lowprec.calibrate import calibrate
+from lowprec.calibration.walk import ADD_REACH, MASK_EXPONENT
 from lowprec.integer.operators import IntegerAdd
 from lowprec.numerics.calibrators import choose_exponent
 from lowprec.prepare import full_precision, prepare

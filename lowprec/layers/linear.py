@@ -72,6 +72,10 @@ class QuantizedLayer(nn.Module, ABC):
     def operate(self, values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The convolution or matrix product with that weight and bias."""
 
+    def columns(self, values: Tensor) -> Tensor:
+        """What each weight of an output channel is multiplied with: x_gKN, [groups, I · kernel, outputs of one channel]."""
+        raise NotImplementedError(f"{type(self).__name__} has no weights to fit")
+
     @property
     def source(self) -> ActivationQuantizer:
         """The quantizer of the input tensor."""
@@ -109,6 +113,12 @@ class QuantizedLayer(nn.Module, ABC):
         """The output before batch norm, with quantized unfolded weights (full-precision ones while not quantizing)."""
         weight = self.weight_quantizer(self.weight) if self.quantizing else self.weight
         return self.operate(values, weight, self.bias)
+
+    def gain(self) -> Tensor:
+        """What the batch norm multiplies each output channel by, [O], float64; ones without a batch norm."""
+        if self.norm is None:
+            return torch.ones(self.weight.shape[0], dtype=torch.float64, device=self.weight.device)
+        return self._gain_and_offset(self.norm)[0]
 
     def weight_codes(self) -> Tensor:
         """Codes of the weights, int8, of the weight's shape: -1 … 1, -7 … 7 or -128 … 127."""
@@ -172,12 +182,19 @@ class QuantizedConv2d(QuantizedLayer):
     def operate(self, values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return functional.conv2d(values, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
+    def columns(self, values: Tensor) -> Tensor:
+        unfolded = functional.unfold(values, tuple(self.weight.shape[2:]), self.dilation, self.padding, self.stride)  # type: ignore[arg-type]
+        return unfolded.unflatten(1, (self.groups, -1)).permute(1, 2, 0, 3).flatten(2)
+
 
 class QuantizedLinear(QuantizedLayer):
     """Fake-quant ``nn.Linear``, over the last axis."""
 
     def operate(self, values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return functional.linear(values, weight, bias)
+
+    def columns(self, values: Tensor) -> Tensor:
+        return values.reshape(-1, values.shape[-1]).T.unsqueeze(0)
 
 
 class QuantizedBatchNorm2d(QuantizedLayer):

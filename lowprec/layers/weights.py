@@ -82,6 +82,13 @@ class WeightQuantizer(nn.Module):
         elif self.scheme.bits == 4:
             self.scale.copy_(descend_four_bit(w_OGNP, self.scale, self.layout))
 
+    @torch.no_grad()
+    def keep_scale(self, scale: Tensor) -> None:
+        """Takes scales [O, G, 1, 1 or P] that were found elsewhere; a ternary threshold is half the scale."""
+        self.scale.copy_(scale)
+        if self.scheme.bits == 2:
+            self.threshold.copy_(torch.where(self.scale > 0, self.scale / 2, torch.inf))
+
     def codes(self, weight: Tensor) -> Tensor:
         """Codes of ``weight`` as floating-point integers, same shape: -1 … 1, -7 … 7 or -128 … 127."""
         if self.scheme.bits == 8:

@@ -1,0 +1,78 @@
+"""Means and variances of channels, and batch norms that are moved by what quantization does to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowprec.layers import QuantizedLayer
+
+# Variances below this are those of channels that are switched off: a ratio of two of them means nothing.
+DEAD_VARIANCE = 1e-12
+
+
+class ChannelStatistics(NamedTuple):
+    """Mean and variance of each channel [C], float64."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+class ChannelSums:
+    """Count, sum and sum of squares of each channel, over batches [B, C, ...]."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total: Tensor | float = 0.0
+        self.squares: Tensor | float = 0.0
+
+    def add(self, values: Tensor) -> None:
+        wide = values.double().transpose(0, 1).flatten(1)
+        self.count += wide.shape[1]
+        self.total = self.total + wide.sum(1)
+        self.squares = self.squares + wide.square().sum(1)
+
+    def statistics(self) -> ChannelStatistics:
+        mean = torch.as_tensor(self.total) / self.count
+        return ChannelStatistics(mean, (torch.as_tensor(self.squares) / self.count - mean.square()).clamp(min=0))
+
+
+def correct_norm(layer: QuantizedLayer, reference: ChannelStatistics, inputs: list[Tensor]) -> None:
+    """mean' = mean + mean_q − mean_fp; var' = var · var_q / var_fp, but for channels without variance.
+
+    reference: statistics of what goes into the batch norm in full precision. inputs: of the layer, quantized.
+    """
+    found = statistics_of(layer.before_norm(batch) for batch in inputs)
+    norm = layer.norm
+    assert norm is not None
+    assert norm.running_var is not None
+    alive = (found.variance > DEAD_VARIANCE) & (reference.variance > DEAD_VARIANCE)
+    ratio = torch.where(alive, found.variance / reference.variance.clamp(min=DEAD_VARIANCE), 1.0)
+    _shift(layer, found.mean - reference.mean)
+    norm.running_var.mul_(ratio.to(norm.running_var.dtype))
+
+
+def correct_mean(layer: QuantizedLayer, reference: ChannelStatistics, inputs: list[Tensor]) -> None:
+    """mean' = mean + mean_q − mean_fp, or, in a layer without batch norm, bias' = bias − mean_q + mean_fp."""
+    found = statistics_of(layer.before_norm(batch) for batch in inputs)
+    _shift(layer, found.mean - reference.mean)
+
+
+def statistics_of(outputs: Iterable[Tensor]) -> ChannelStatistics:
+    """Statistics over batches of [B, C, H, W], or of [..., C]."""
+    sums = ChannelSums()
+    for output in outputs:
+        sums.add(output if output.dim() == 4 else output.reshape(-1, output.shape[-1]))
+    return sums.statistics()
+
+
+def _shift(layer: QuantizedLayer, excess: Tensor) -> None:
+    """Takes ``excess`` [C] from the layer's outputs, where it has anything to take it from."""
+    if layer.norm is not None:
+        assert layer.norm.running_mean is not None
+        layer.norm.running_mean.add_(excess.to(layer.norm.running_mean.dtype))
+    elif layer.bias is not None:
+        layer.bias.sub_(excess.to(layer.bias.dtype))

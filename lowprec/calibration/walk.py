@@ -1,0 +1,163 @@
+"""The walk over a prepared model's graph that chooses exponents, layer after layer."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from lowprec.layers import ActivationQuantizer, QuantizedAdd, QuantizedLayer
+from lowprec.numerics.calibrators import choose_exponent
+from lowprec.numerics.fixed_point import dequantize, quantize
+from lowprec.recipe import ActivationScheme
+
+log = logging.getLogger("lowprec.calibrate")
+
+# Exponents of operands: the sum's own may lie two above the larger, and 16 above the smaller is what kernels add exactly.
+ADD_REACH = 14
+# Attention masks are added in front of a softmax: 0, or a number so low that nothing is left of e to its power. Down to
+# -128 · 2^-3 = -16 is enough, and leaves the sums the resolution that -100 would take from them.
+MASK_EXPONENT = -3
+MASK_THRESHOLD = -32.0
+
+
+class Walk:
+    """Goes through the graph node by node, all batches at a time; tensors are kept as 8-bit codes, and dropped early."""
+
+    def __init__(self, qmodel: fx.GraphModule) -> None:
+        self.qmodel = qmodel
+        self.scheme: ActivationScheme = qmodel.meta["recipe"].activations
+        self.values: dict[fx.Node, list[Any]] = {}
+
+    def enter(self, node: fx.Node, images: list[Tensor]) -> None:
+        """What is done at each node before its tensor is computed."""
+
+    def adapt(self, name: str, layer: QuantizedLayer, inputs: list[Tensor]) -> None:
+        """What is done to a layer, given its inputs batch by batch, before its output is."""
+
+    def run(self, images: list[Tensor]) -> None:
+        """Chooses the exponents of all tensors, in the order of the graph."""
+        last_use = {used: node for node in self.qmodel.graph.nodes for used in node.all_input_nodes}
+        for node in self.qmodel.graph.nodes:
+            self.enter(node, images)
+            if node.op == "placeholder":
+                self.values[node] = images
+            elif node.op == "call_module":
+                # Its arguments, not all_input_nodes: that names a tensor once that is added to itself.
+                inputs = [self.values[used] for used in node.args if isinstance(used, fx.Node)]
+                self.values[node] = self._visit(str(node.target), inputs)
+            elif node.op == "get_attr":
+                self.values[node] = [attribute(self.qmodel, str(node.target))] * len(images)
+            elif node.op in ("call_function", "call_method"):
+                self.values[node] = [self._move(node, index) for index in range(len(images))]
+            for used in node.all_input_nodes:
+                if last_use[used] is node:
+                    self.values.pop(used, None)
+
+    def _visit(self, name: str, inputs: list[list[Any]]) -> list[Any]:
+        module = self.qmodel.get_submodule(name)
+        batches = list(zip(*inputs, strict=True))
+        if isinstance(module, ActivationQuantizer):
+            values = [batch[0] for batch in batches]
+            if _is_mask(values[0]):
+                module.set_exponent(MASK_EXPONENT)
+                return [_coded(quantize(value, module.exponent, module.codes), module) for value in values]
+            return self._quantized(name, module, values)
+        if isinstance(module, QuantizedLayer):
+            self.adapt(name, module, [_unpacked(batch[0]) for batch in batches])
+        if getattr(module, "quantizer", None) is None:
+            # No quantizer of its own: it hands on the grid of its input, or its output is the network's.
+            results = [module(*map(_unpacked, batch)) for batch in batches]
+            if isinstance(module, QuantizedLayer) or not isinstance(batches[0][0], _Codes):
+                return results
+            quantizer = batches[0][0].quantizer
+            return [_coded(quantize(result, quantizer.exponent, quantizer.codes), quantizer) for result in results]
+        if isinstance(module, QuantizedAdd):
+            batches = _within_reach(name, batches)
+        outputs = [module.unquantized(*map(_unpacked, batch)) for batch in batches]  # type: ignore[operator]
+        return self._quantized(name, module.quantizer, outputs)  # type: ignore[arg-type]
+
+    def _move(self, node: fx.Node, batch: int) -> Any:
+        """What a call without a module gives for one batch: numbers taken from shapes, or codes that are moved."""
+        quantizers = []
+
+        def tensor_of(stored: Any) -> Any:
+            if isinstance(stored, _Codes):
+                quantizers.append(stored.quantizer)
+                return stored.codes.float()  # not all movements take 8-bit integers
+            return tuple(map(tensor_of, stored)) if isinstance(stored, tuple) else stored
+
+        arguments, keywords = fx.map_arg((node.args, node.kwargs), lambda used: tensor_of(self.values[used][batch]))
+        if node.op == "call_method":
+            result = getattr(arguments[0], str(node.target))(*arguments[1:], **keywords)
+        else:
+            result = node.target(*arguments, **keywords)  # type: ignore[operator]
+        if not quantizers:
+            return result  # a number, or a constant on its way to its quantizer
+        if isinstance(result, Tensor):
+            return _coded(result, quantizers[0])
+        moved = isinstance(result, tuple | list) and any(isinstance(item, Tensor) for item in result)
+        return tuple(_coded(item, quantizers[0]) for item in result) if moved else result
+
+    def _quantized(self, name: str, quantizer: ActivationQuantizer, outputs: list[Tensor]) -> list[Any]:
+        try:
+            exponent = choose_exponent(outputs, quantizer.codes, self.scheme.calibrator, self.scheme.percentile)
+        except ValueError as error:
+            raise ValueError(f"calibrating the output of {name}: {error}") from error
+        quantizer.set_exponent(exponent)
+        log.debug("%s: exponent %d", name, exponent)
+        return [_coded(quantize(output, quantizer.exponent, quantizer.codes), quantizer) for output in outputs]
+
+
+def attribute(module: nn.Module, path: str) -> Any:
+    """A parameter or a buffer by its path."""
+    owner, _, name = path.rpartition(".")
+    return getattr(module.get_submodule(owner), name)
+
+
+class _Codes(NamedTuple):
+    """A tensor as calibration keeps it: 8-bit codes, and the quantizer on whose grid they lie."""
+
+    codes: Tensor
+    quantizer: ActivationQuantizer
+
+
+def _coded(codes: Tensor, quantizer: ActivationQuantizer) -> _Codes:
+    return _Codes(codes.to(torch.int8 if quantizer.signed else torch.uint8), quantizer)
+
+
+def _is_mask(values: Tensor) -> bool:
+    """Whether a tensor holds zeros and one very negative number alone."""
+    lowest = values.amin()
+    return bool(lowest <= MASK_THRESHOLD) and bool(((values == 0) | (values == lowest)).all())
+
+
+def _within_reach(name: str, batches: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Operands of an add whose exponents lie at most ADD_REACH apart: the finer one is made coarser, which the sum hides.
+
+    A branch that is scaled down to next to nothing, as ConvNeXt's are at first, would need more bits than kernels have.
+    """
+    quantizers = [stored.quantizer for stored in batches[0]]
+    least = max(int(quantizer.exponent) for quantizer in quantizers) - ADD_REACH
+    for quantizer in quantizers:
+        if int(quantizer.exponent) < least:
+            log.info("%s: an operand's exponent is raised from %d to %d", name, int(quantizer.exponent), least)
+    before = [quantizer.exponent.clone() for quantizer in quantizers]
+    for quantizer in quantizers:
+        quantizer.set_exponent(max(int(quantizer.exponent), least))
+    return [
+        tuple(
+            _coded(
+                quantize(dequantize(stored.codes, old), stored.quantizer.exponent, stored.quantizer.codes),
+                stored.quantizer,
+            )
+            for stored, old in zip(batch, before, strict=True)
+        )
+        for batch in batches
+    ]
+
+
+def _unpacked(stored: Any) -> Tensor:
+    return dequantize(stored.codes, stored.quantizer.exponent) if isinstance(stored, _Codes) else stored
