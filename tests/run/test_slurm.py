@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,13 @@ class Job:
         found = re.search(r"Restarts=(\d+)", command("scontrol", "show", "job", self.id))
         return int(found.group(1)) if found else -1
 
+    @property
+    def minutes(self) -> int:
+        """How many it has run."""
+        shown = command("scontrol", "show", "job", self.id)
+        (hours, minutes) = map(int, re.findall(r"RunTime=(\d+):(\d+):", shown)[0])
+        return 60 * hours + minutes
+
     def processes(self) -> list[int]:
         """The training's processes, one on each node."""
         return [
@@ -128,12 +135,17 @@ class Job:
             yield processes
         finally:
             for process in processes:
-                os.kill(process, signal.SIGCONT)
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGCONT)
 
 
 def _is_warned(process: int) -> bool:
-    """Whether SIGUSR1 waits for a process that stands still."""
-    (pending,) = re.findall(r"ShdPnd:\t(\w+)", Path(f"/proc/{process}/status").read_text())
+    """Whether SIGUSR1 waits for a process that stands still; SLURM may wake those that it warns, so it may have ended."""
+    status = Path(f"/proc/{process}/status")
+    try:
+        (pending,) = re.findall(r"ShdPnd:\t(\w+)", status.read_text())
+    except (FileNotFoundError, ProcessLookupError):
+        return True
     return bool(int(pending, 16) >> (signal.SIGUSR1 - 1) & 1)
 
 
@@ -209,11 +221,11 @@ def test_a_job_that_is_requeued_comes_back_to_the_same_bits(folder: Path, undist
 def test_a_job_that_is_warned_before_its_time_is_over_comes_back_to_the_same_bits(
     folder: Path, undisturbed: Job
 ) -> None:
-    job = Job(folder, "warned", "slurm.time_minutes=20", "slurm.signal_seconds=110")
+    job = Job(folder, "warned", "slurm.time_minutes=20", "slurm.signal_seconds=175")
     job.reaches(3)
     # Its time is nearly over now: SLURM warns it, at its leisure. A training that stands still is not over before.
     with job.paused() as processes:
-        command("scontrol", "update", f"jobid={job.id}", "TimeLimit=2")
+        command("scontrol", "update", f"jobid={job.id}", f"TimeLimit={job.minutes + 3}")
         wait_for(lambda: all(map(_is_warned, processes)), f"the warning of {job.name}\n{job.output}")
     wait_for(lambda: job.restarts == 1 and job.state == "PENDING", f"the requeueing of {job.name}\n{job.output}")
     command("scontrol", "update", f"jobid={job.id}", "TimeLimit=20")
