@@ -9,7 +9,9 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -118,7 +120,37 @@ def create_loggers(config: LoggerConfig, folder: Path, run_name: str, content: d
     return loggers
 
 
-def _wandb_logger(config: LoggerConfig, folder: Path, run_name: str, content: dict[str, Any]) -> WandbLogger:
+class LastingWandbLogger(WandbLogger):
+    """W&B's logger for a training that outlives W&B's service process (killed with a job's step, or out of memory).
+
+    Once that is lost nothing more is sent; a warning says so, and a run that goes on later goes on with the same W&B run.
+    """
+
+    lost = False
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self.attempt(lambda run: super(LastingWandbLogger, self).log_metrics(metrics, step))
+
+    def attempt(self, action: Callable[[Any], Any]) -> None:
+        """Does ``action`` on the W&B run, unless the connection to its service is lost, or is lost now."""
+        if self.lost:
+            return
+        try:
+            action(self.experiment)
+        except ConnectionError as error:
+            self.lost = True
+            with suppress(ConnectionError):
+                import wandb
+
+                wandb.teardown()  # the next run of a sweep starts a service of its own
+            warnings.warn(
+                f"W&B's service process has ended ({error}): from here on nothing is logged to W&B, the run itself goes on",
+                stacklevel=2,
+            )
+
+
+def _wandb_logger(config: LoggerConfig, folder: Path, run_name: str, content: dict[str, Any]) -> LastingWandbLogger:
     # Nothing on the terminal but errors: the run has its own words, and no prompt may stop it.
     os.environ.setdefault("WANDB_SILENT", "true")
     if not os.environ.get("WANDB_MODE"):
@@ -154,7 +186,7 @@ def _wandb_logger(config: LoggerConfig, folder: Path, run_name: str, content: di
     # As Lightning does for runs that it starts itself: charts are over optimizer steps.
     run.define_metric("trainer/global_step")
     run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
-    return WandbLogger(experiment=run)
+    return LastingWandbLogger(experiment=run)
 
 
 def _wandb_patience() -> float:
@@ -186,8 +218,8 @@ def log_metrics(trainer: lightning.Trainer, metrics: dict[str, float]) -> None:
 def alert(loggers: Sequence[Logger], title: str, text: str) -> None:
     """Has W&B tell the run's owner, by mail or chat as they set it up there; an offline run does so when it is synced."""
     for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            logger.experiment.alert(title=title, text=text, level="ERROR")
+        if isinstance(logger, LastingWandbLogger):
+            logger.attempt(lambda run: run.alert(title=title, text=text, level="ERROR"))
 
 
 @rank_zero_only
@@ -200,34 +232,37 @@ def log_artifacts(loggers: Sequence[Logger], files: Sequence[Path], metadata: di
         FileNotFoundError: one of the files is not there; it is named.
     """
     for logger in loggers:
-        if isinstance(logger, WandbLogger):
+        if isinstance(logger, LastingWandbLogger):
             import wandb
 
-            run = logger.experiment
-            artifact = wandb.Artifact(_plain_name(run.name), type="model", metadata=flatten(metadata))
+            artifact = wandb.Artifact(_plain_name(logger.experiment.name), type="model", metadata=flatten(metadata))
             for file in files:
                 if not file.is_file():
                     raise FileNotFoundError(f"{file}: no such file to send to W&B")
                 # "immutable": not copied into W&B's folder in the user's home, where the copies of all runs would add up.
                 artifact.add_file(str(file), policy="immutable")
-            run.log_artifact(artifact)
+            logger.attempt(partial(_send, artifact))
 
 
 def log_summary(loggers: list[Logger], summary: dict[str, Any], file: Path) -> None:
     """Sends a run's summary to W&B, as its summary values (``integer/top1``, …) and as the file itself."""
     for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            logger.experiment.summary.update(flatten(summary))
+        if isinstance(logger, LastingWandbLogger):
+            logger.attempt(lambda run: run.summary.update(flatten(summary)))
             # What lies in this folder at the end of a run goes with it.
             shutil.copy(file, logger.experiment.dir)
+
+
+def _send(artifact: Any, run: Any) -> None:
+    run.log_artifact(artifact)
 
 
 def close_loggers(loggers: list[Logger]) -> None:
     """Writes what is left to write; a W&B run ends here, so that the next run of a sweep has one of its own."""
     for logger in loggers:
         logger.finalize("finished")
-        if isinstance(logger, WandbLogger):
-            logger.experiment.finish()
+        if isinstance(logger, LastingWandbLogger):
+            logger.attempt(lambda run: run.finish())
 
 
 def _plain_name(name: str) -> str:

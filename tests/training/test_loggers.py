@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import lightning.pytorch as lightning
 import pytest
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
 from wandb_files import wandb_records
 from watched_training import Recorder, tiny_module, train
 
@@ -22,6 +27,7 @@ from lowprec.training.loggers import (
     has_wandb_key,
     log_artifacts,
     log_metrics,
+    log_summary,
 )
 
 
@@ -152,6 +158,35 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"model\.onnx: no such file"):
         log_artifacts(loggers, [tmp_path / "model.onnx"], {})
     close_loggers(loggers)
+
+
+def log_until_lost(loggers: list[Logger]) -> int:
+    """Logs step after step, as what is sent first may still lie in a buffer; returns how many."""
+    for step in range(500):
+        for logger in loggers:
+            logger.log_metrics({"train/loss": 1.0}, step=step)
+        time.sleep(0.01)
+        if loggers[-1].lost:
+            break
+    return step + 1
+
+
+def test_a_training_outlives_the_service_of_wandb(tmp_path: Path) -> None:
+    loggers = create_loggers(LoggerConfig(csv=True, wandb=True, mode="offline"), tmp_path, "run", {})
+    children = subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "wandb-core"], capture_output=True, text=True)
+    (service,) = map(int, children.stdout.split())
+    os.kill(service, signal.SIGKILL)
+    os.waitpid(service, 0)
+    with pytest.warns(UserWarning, match="W&B's service process has ended .*the run itself goes on"):
+        steps = log_until_lost(loggers)
+    alert(loggers, "title", "text")
+    loggers[0].save()
+    log_summary(loggers, {"integer": {"top1": 0.5}}, tmp_path / "metrics.csv")
+    close_loggers(loggers)
+    assert len(rows(loggers[0].path)) == steps
+    # The next run of a sweep has W&B again.
+    close_loggers(create_loggers(LoggerConfig(csv=False, wandb=True, mode="offline"), tmp_path / "next", "next", {}))
+    assert wandb_records(tmp_path / "next")
 
 
 def test_metrics_of_callbacks_share_the_rows_of_lightning(tmp_path: Path) -> None:
