@@ -2,7 +2,7 @@
 
 recipe = lowprec.Recipe.load("w2a8_n4")
 qmodel = lowprec.prepare(model, recipe, example_inputs)
-lowprec.calibrate(qmodel, batches)
+lowprec.reconstruct(qmodel, batches)
 imodel = lowprec.convert(qmodel)
 lowprec.export_onnx(imodel, "model.onnx")
 lowprec.verify(qmodel, imodel, batches, onnx="model.onnx").raise_if_different()
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lowprec.numerics.solve import solve
     from lowprec.prepare import prepare
     from lowprec.recipe import Recipe, RecipeError
+    from lowprec.reconstruct import reconstruct
     from lowprec.report.verification import VerificationError
     from lowprec.verify import verify
 
@@ -60,6 +61,7 @@ __all__ = [
     "export_qonnx",
     "load",
     "prepare",
+    "reconstruct",
     "save",
     "solve",
     "verify",
@@ -91,6 +93,7 @@ _HOMES = {
     "export_qonnx": "lowprec.export.qonnx",
     "load": "lowprec.integer.packed",
     "prepare": "lowprec.prepare",
+    "reconstruct": "lowprec.reconstruct",
     "save": "lowprec.integer.packed",
     "solve": "lowprec.numerics.solve",
     "verify": "lowprec.verify",

@@ -84,7 +84,7 @@ def _reference_statistics(qmodel: fx.GraphModule, images: list[Tensor]) -> dict[
     for name, layer in qmodel.named_modules():
         if isinstance(layer, QuantizedLayer) and layer.norm is not None:
             sums[name] = ChannelSums()
-            handles.append(layer.norm.register_forward_pre_hook(_recorder(sums[name])))
+            handles.append(layer.norm.register_forward_pre_hook(_recorder(layer, sums[name])))
     try:
         with full_precision(qmodel):
             for batch in images:
@@ -95,8 +95,8 @@ def _reference_statistics(qmodel: fx.GraphModule, images: list[Tensor]) -> dict[
     return {name: channel_sums.statistics() for name, channel_sums in sums.items()}
 
 
-def _recorder(sums: ChannelSums) -> Any:
+def _recorder(layer: QuantizedLayer, sums: ChannelSums) -> Any:
     def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        sums.add(inputs[0])
+        sums.add(layer.by_channel(inputs[0]))
 
     return record

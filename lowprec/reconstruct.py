@@ -97,7 +97,7 @@ class _ReconstructionWalk(Walk):
         return fx.map_arg((node.args, node.kwargs), lambda used: self.wanted[used][batch])
 
     def adapt(self, name: str, layer: QuantizedLayer, inputs: list[Tensor]) -> None:
-        reference = statistics_of(self.outputs)
+        reference = statistics_of(layer, self.outputs)
         if not isinstance(layer, QuantizedBatchNorm2d):
             if layer.weight[0].numel() <= LARGEST_INPUTS:
                 fit_weights(layer, inputs, self.outputs)

@@ -36,15 +36,10 @@ def moments(layer: QuantizedLayer, inputs: list[Tensor], outputs: list[Tensor]) 
     sums: list[Tensor | float] = [0.0, 0.0, 0.0, 0.0]
     for values, output in zip(inputs, outputs, strict=True):
         x_gKN = layer.columns(values)[..., ::step]
-        y_gON = _channels_first(output).unflatten(0, (x_gKN.shape[0], -1))[..., ::step]
+        y_gON = layer.by_channel(output).unflatten(0, (x_gKN.shape[0], -1))[..., ::step]
         count += x_gKN.shape[-1]
         products = (x_gKN.sum(-1), y_gON.sum(-1), x_gKN @ x_gKN.transpose(1, 2), x_gKN @ y_gON.transpose(1, 2))
         # Products of one batch in float32, which is quick; sums over batches in float64.
         sums = [total + product.double() for total, product in zip(sums, products, strict=True)]
     x_gK, y_gO, xx_gKK, xy_gKO = (torch.as_tensor(total) / count for total in sums)
     return Moments(xx_gKK - x_gK[:, :, None] * x_gK[:, None, :], xy_gKO - x_gK[:, :, None] * y_gO[:, None, :], count)
-
-
-def _channels_first(output: Tensor) -> Tensor:
-    """[C, positions], in the order of the columns."""
-    return output.transpose(0, 1).flatten(1) if output.dim() == 4 else output.reshape(-1, output.shape[-1]).T

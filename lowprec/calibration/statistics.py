@@ -22,7 +22,7 @@ class ChannelStatistics(NamedTuple):
 
 
 class ChannelSums:
-    """Count, sum and sum of squares of each channel, over batches [B, C, ...]."""
+    """Count, sum and sum of squares of each channel, over batches [C, positions]."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -30,7 +30,7 @@ class ChannelSums:
         self.squares: Tensor | float = 0.0
 
     def add(self, values: Tensor) -> None:
-        wide = values.double().transpose(0, 1).flatten(1)
+        wide = values.double()
         self.count += wide.shape[1]
         self.total = self.total + wide.sum(1)
         self.squares = self.squares + wide.square().sum(1)
@@ -45,7 +45,7 @@ def correct_norm(layer: QuantizedLayer, reference: ChannelStatistics, inputs: li
 
     reference: statistics of what goes into the batch norm in full precision. inputs: of the layer, quantized.
     """
-    found = statistics_of(layer.before_norm(batch) for batch in inputs)
+    found = statistics_of(layer, map(layer.before_norm, inputs))
     norm = layer.norm
     assert norm is not None
     assert norm.running_var is not None
@@ -57,15 +57,15 @@ def correct_norm(layer: QuantizedLayer, reference: ChannelStatistics, inputs: li
 
 def correct_mean(layer: QuantizedLayer, reference: ChannelStatistics, inputs: list[Tensor]) -> None:
     """mean' = mean + mean_q − mean_fp, or, in a layer without batch norm, bias' = bias − mean_q + mean_fp."""
-    found = statistics_of(layer.before_norm(batch) for batch in inputs)
+    found = statistics_of(layer, map(layer.before_norm, inputs))
     _shift(layer, found.mean - reference.mean)
 
 
-def statistics_of(outputs: Iterable[Tensor]) -> ChannelStatistics:
-    """Statistics over batches of [B, C, H, W], or of [..., C]."""
+def statistics_of(layer: QuantizedLayer, outputs: Iterable[Tensor]) -> ChannelStatistics:
+    """Statistics of the layer's output channels, before batch norm, over batches."""
     sums = ChannelSums()
     for output in outputs:
-        sums.add(output if output.dim() == 4 else output.reshape(-1, output.shape[-1]))
+        sums.add(layer.by_channel(output))
     return sums.statistics()
 
 

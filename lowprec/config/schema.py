@@ -127,9 +127,14 @@ class BaselineConfig:
 
 @dataclass
 class CalibrationConfig:
-    """``images``: training images, without augmentation, that set activation exponents and correct batch norm."""
+    """``images``: training images, without augmentation or labels, that set activation exponents.
+
+    ``reconstruct``: they also fit each layer's weights to its full-precision outputs (:func:`lowprec.reconstruct`); else the
+    weights stay as solved, and batch norm is corrected (:func:`lowprec.calibrate`).
+    """
 
     images: int = 1024
+    reconstruct: bool = True
 
 
 @dataclass

@@ -76,6 +76,10 @@ class QuantizedLayer(nn.Module, ABC):
         """What each weight of an output channel is multiplied with: x_gKN, [groups, I · kernel, outputs of one channel]."""
         raise NotImplementedError(f"{type(self).__name__} has no weights to fit")
 
+    def by_channel(self, output: Tensor) -> Tensor:
+        """An output of :meth:`operate` as [O, positions], in the order of the columns."""
+        return output.transpose(0, 1).flatten(1)
+
     @property
     def source(self) -> ActivationQuantizer:
         """The quantizer of the input tensor."""
@@ -194,7 +198,10 @@ class QuantizedLinear(QuantizedLayer):
         return functional.linear(values, weight, bias)
 
     def columns(self, values: Tensor) -> Tensor:
-        return values.reshape(-1, values.shape[-1]).T.unsqueeze(0)
+        return self.by_channel(values).unsqueeze(0)
+
+    def by_channel(self, output: Tensor) -> Tensor:
+        return output.reshape(-1, output.shape[-1]).T
 
 
 class QuantizedBatchNorm2d(QuantizedLayer):

@@ -33,6 +33,7 @@ from lowprec.integer.packed import save
 from lowprec.layers import QuantizedFloatOperator
 from lowprec.models import checkpoint_metadata, load_checkpoint, save_checkpoint
 from lowprec.prepare import prepare
+from lowprec.reconstruct import reconstruct
 from lowprec.report.summary import TOP1_ROWS, Summary, build_summary, cost_summary, plural, summary_table
 from lowprec.report.terminal import create_console
 from lowprec.run.data import evaluation_images, run_data
@@ -211,10 +212,11 @@ def _calibrated(current: Run, qmodel: fx.GraphModule) -> None:
     if file.is_file():
         return
     images = plural(min(count, current.data.sizes["train"]), "image")
-    with current.stage("calibrate", f"calibrate: exponents and batch norm on {images}"):
+    fitting = current.config.calibration.reconstruct
+    with current.stage("calibrate", f"calibrate: exponents and {'weights' if fitting else 'batch norm'} on {images}"):
         batches = current.data.calibration_batches(count)
         qmodel.to(current.device)
-        calibrate(qmodel, [batch.to(current.device) for batch in batches])
+        (reconstruct if fitting else calibrate)(qmodel, [batch.to(current.device) for batch in batches])
     save_checkpoint(qmodel, file, {"recipe": current.config.recipe.name})
 
 
