@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lowprec.assign import assign
     from lowprec.calibrate import calibrate
     from lowprec.cost import cost
     from lowprec.data.normalization import Normalization
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from lowprec.prepare import prepare
     from lowprec.recipe import Recipe, RecipeError
     from lowprec.report.verification import VerificationError
+    from lowprec.sensitivity import Sensitivity, sensitivity
     from lowprec.verify import verify
 
 __all__ = [
@@ -49,9 +51,11 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "RuntimeMissingError",
+    "Sensitivity",
     "TracingError",
     "UnsupportedModelError",
     "VerificationError",
+    "assign",
     "calibrate",
     "convert",
     "cost",
@@ -61,6 +65,7 @@ __all__ = [
     "load",
     "prepare",
     "save",
+    "sensitivity",
     "solve",
     "verify",
 ]
@@ -80,9 +85,11 @@ _HOMES = {
     "Recipe": "lowprec.recipe",
     "RecipeError": "lowprec.recipe",
     "RuntimeMissingError": "lowprec.export.runtime",
+    "Sensitivity": "lowprec.sensitivity",
     "TracingError": "lowprec.graph.tracing",
     "UnsupportedModelError": "lowprec.graph.planning",
     "VerificationError": "lowprec.report.verification",
+    "assign": "lowprec.assign",
     "calibrate": "lowprec.calibrate",
     "convert": "lowprec.integer.convert",
     "cost": "lowprec.cost",
@@ -92,6 +99,7 @@ _HOMES = {
     "load": "lowprec.integer.packed",
     "prepare": "lowprec.prepare",
     "save": "lowprec.integer.packed",
+    "sensitivity": "lowprec.sensitivity",
     "solve": "lowprec.numerics.solve",
     "verify": "lowprec.verify",
 }
