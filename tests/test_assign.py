@@ -88,14 +88,14 @@ def test_rules_fix_layers_and_only_what_differs_gets_one() -> None:
     recipe = Recipe.load("w4a8_n4")
     recipe.rules = [Rule("@classifier", bits=8), Rule("stage1.*", cluster_size=2)]
     found = analysed(recipe)
-    assert found.choices.fixed == {"conv1", "fc"}
+    assert found.choices.fixed == {"conv1", "classifier"}
     mixed = assign(found, weight_bits=4.0)
     assert mixed.rules[:2] == recipe.rules
     patterns = [rule.pattern for rule in mixed.rules[2:]]
     assert len(set(patterns)) == len(patterns)
     assert all(rule.bits in (2, 8) and rule.cluster_size is None for rule in mixed.rules[2:])
     by_name = {layer.name: layer for layer in costs(mixed).layers}
-    assert by_name["fc"].bits == 8
+    assert by_name["classifier"].bits == 8
     assert by_name["stage1.0.conv1"].cluster_size == (1 if by_name["stage1.0.conv1"].bits == 8 else 2)
     # The recipe that was given stays as it was, and a rule of its own may free nothing but can say otherwise of conv1.
     assert len(recipe.rules) == 2

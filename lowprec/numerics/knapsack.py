@@ -8,6 +8,7 @@ hull of their options joined by steepness, bounds every end from below, and its 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -76,7 +77,7 @@ def _hulls_to_come(costs: Sequence[Sequence[int]], errors: Sequence[Sequence[flo
         corners = _lower_hull(class_costs, class_errors)
         start_cost, start_error = start_cost + corners[0][0], start_error + corners[0][1]
         slope_before = -torch.inf
-        for (cost, error), (next_cost, next_error) in zip(corners, corners[1:], strict=False):
+        for (cost, error), (next_cost, next_error) in pairwise(corners):
             # Slopes of a class rise, also where rounding says otherwise: its segments stay in their order.
             slope_before = max(slope_before, (next_error - error) / (next_cost - cost))
             segments.append((slope_before, next_cost - cost, next_error - error))

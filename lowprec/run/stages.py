@@ -183,7 +183,8 @@ def check_quantizable(current: Run) -> None:
     """Prepares the architecture on the meta device: rules and operators are refused before anything is trained.
 
     Raises:
-        RecipeError: a rule matches no layer, or no assignment meets the budget. UnsupportedModelError, TracingError: the model has no integer form.
+        RecipeError: a rule matches no layer, or no assignment meets the budget. UnsupportedModelError, TracingError: the model
+            has no integer form.
         ConfigError: the model or the data cannot be exported as configured.
     """
     with torch.device("meta"):

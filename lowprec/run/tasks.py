@@ -1,4 +1,4 @@
-"""What can be done with a finished run (evaluate, verify, export), and what needs no run (cost) or a model alone (sensitivity)."""
+"""What can be done with a finished run (evaluate, verify, export), and what needs none (cost, sensitivity)."""
 
 from __future__ import annotations
 
