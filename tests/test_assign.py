@@ -11,6 +11,7 @@ from torch import nn
 
 import lowprec
 from lowprec.assign import assign, expected_signal_to_noise
+from lowprec.cost import Costs
 from lowprec.models.cifar_resnet import CifarResNet
 from lowprec.recipe import Recipe, RecipeError, Rule
 
@@ -30,7 +31,7 @@ def found() -> lowprec.Sensitivity:
     return analysed()
 
 
-def costs(recipe: Recipe) -> lowprec.cost.Costs:
+def costs(recipe: Recipe) -> Costs:
     example = torch.empty(2, 1, 12, 12, device="meta")
     return lowprec.cost(lowprec.prepare(resnet().to("meta"), recipe, example), example)
 
