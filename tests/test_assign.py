@@ -57,8 +57,7 @@ def test_the_measured_multiplications_meet_the_budget(budget: float, found: lowp
 def test_a_budget_of_exactly_what_a_recipe_costs_is_met_by_it(found: lowprec.Sensitivity) -> None:
     recipe = assign(found, weight_bits=3.7)
     total = costs(recipe)
-    for again in (assign(found, weight_bits=total.weight_bits),):
-        assert bits(again) == bits(recipe)
+    assert bits(assign(found, weight_bits=total.weight_bits)) == bits(recipe)
     replaced = assign(found, multiplications_replaced=total.multiplications_replaced)
     assert costs(replaced).multiplications_replaced >= total.multiplications_replaced
 

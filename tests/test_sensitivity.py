@@ -126,17 +126,21 @@ def test_more_bits_hurt_less_and_the_ranking_is_sorted(found: lowprec.Sensitivit
 
 
 def test_a_damaged_layer_ranks_worst() -> None:
-    """Weights of very different sizes in clusters of a whole row: all but some of them become zero."""
-    model, damaged = small_resnet(), "stage2.0.conv1"
+    """The same function, but with weights of very different sizes in one cluster: ternary codes lose the small ones."""
+    model, name = small_resnet(), "stage2.0.conv2"
+    block, factors = model.stage2[0], 4.0 ** torch.arange(-6, 6)
     with torch.no_grad():
-        weight = model.get_submodule(damaged).weight
-        weight[:, 0, 0, 0] *= 60
-    recipe = Recipe(rules=[Rule(damaged, cluster_size=64)])
-    found = sensitivity(model, recipe, BATCHES, candidates=[{"bits": 2}])
-    assert found.ranking()[0].option.layer == damaged
-    assert found.ranking()[0].option.scheme == WeightScheme(cluster_size=64)
-    # The line of it comes first.
-    assert str(found).splitlines()[2].split()[0] == damaged
+        expected = model(BATCHES[0])
+        block.bn1.weight.mul_(factors)
+        block.bn1.bias.mul_(factors)
+        block.conv2.weight.div_(factors.view(1, -1, 1, 1))
+        assert torch.equal(model(BATCHES[0]), expected)
+    recipe = Recipe(rules=[Rule(name, cluster_size=64)])
+    damaged = sensitivity(model, recipe, BATCHES, candidates=[{"bits": 2}]).ranking()[0]
+    assert (damaged.option.layer, damaged.option.scheme) == (name, WeightScheme(cluster_size=64))
+    whole = sensitivity(small_resnet(), recipe, BATCHES, candidates=[{"bits": 2}])
+    before = next(row for row in whole.rows if row.option.layer == name)
+    assert damaged.error.mean_squared_error > 4 * before.error.mean_squared_error
 
 
 def test_top1_is_measured_on_the_labelled_images(found: lowprec.Sensitivity) -> None:
