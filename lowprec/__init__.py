@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lowprec.assign import assign
     from lowprec.calibrate import calibrate
     from lowprec.cost import cost
     from lowprec.data.normalization import Normalization
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from lowprec.recipe import Recipe, RecipeError
     from lowprec.reconstruct import reconstruct
     from lowprec.report.verification import VerificationError
+    from lowprec.sensitivity import Sensitivity, sensitivity
     from lowprec.verify import verify
 
 __all__ = [
@@ -50,9 +52,11 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "RuntimeMissingError",
+    "Sensitivity",
     "TracingError",
     "UnsupportedModelError",
     "VerificationError",
+    "assign",
     "calibrate",
     "convert",
     "cost",
@@ -63,6 +67,7 @@ __all__ = [
     "prepare",
     "reconstruct",
     "save",
+    "sensitivity",
     "solve",
     "verify",
 ]
@@ -82,9 +87,11 @@ _HOMES = {
     "Recipe": "lowprec.recipe",
     "RecipeError": "lowprec.recipe",
     "RuntimeMissingError": "lowprec.export.runtime",
+    "Sensitivity": "lowprec.sensitivity",
     "TracingError": "lowprec.graph.tracing",
     "UnsupportedModelError": "lowprec.graph.planning",
     "VerificationError": "lowprec.report.verification",
+    "assign": "lowprec.assign",
     "calibrate": "lowprec.calibrate",
     "convert": "lowprec.integer.convert",
     "cost": "lowprec.cost",
@@ -95,6 +102,7 @@ _HOMES = {
     "prepare": "lowprec.prepare",
     "reconstruct": "lowprec.reconstruct",
     "save": "lowprec.integer.packed",
+    "sensitivity": "lowprec.sensitivity",
     "solve": "lowprec.numerics.solve",
     "verify": "lowprec.verify",
 }

@@ -163,6 +163,11 @@ class Recipe:
         """The recipe as plain mappings and lists; :meth:`from_dict` is its inverse."""
         return asdict(self)
 
+    def to_yaml(self) -> str:
+        """The recipe as the text of a file for :meth:`load`; rules with what they change alone."""
+        rules = [{"pattern": rule.pattern, **rule.changes()} for rule in self.rules]
+        return yaml.safe_dump({**self.to_dict(), "rules": rules}, sort_keys=False)
+
     def validate(self) -> None:
         """Raises RecipeError for a value that no recipe can have; the message names its key and the valid choices."""
         check_weight_scheme(self.weights, "quant.weights")

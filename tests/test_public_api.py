@@ -16,6 +16,9 @@ NAMES = (
     "calibrate",
     "convert",
     "verify",
+    "sensitivity",
+    "assign",
+    "Sensitivity",
     "export_onnx",
     "export_packed_onnx",
     "export_qonnx",
@@ -61,15 +64,15 @@ def test_nothing_else_is_public() -> None:
 @pytest.mark.slow
 def test_functions_win_over_submodules_of_their_names() -> None:
     code = (
-        "import lowprec.prepare, lowprec.calibrate, lowprec.verify, lowprec.cost, lowprec\n"
+        "import lowprec.prepare, lowprec.calibrate, lowprec.verify, lowprec.cost, lowprec.assign, lowprec\n"
         "from lowprec import prepare\n"
         "from lowprec.prepare import full_precision\n"
         "lowprec.solve\n"
         "import lowprec.numerics.solve\n"
-        "names = ['prepare', 'calibrate', 'verify', 'cost', 'solve']\n"
+        "names = ['prepare', 'calibrate', 'verify', 'cost', 'sensitivity', 'assign', 'solve']\n"
         "print([type(getattr(lowprec, name)).__name__ for name in names], prepare is lowprec.prepare)"
     )
-    assert printed(code) == f"{['function'] * 5} True"
+    assert printed(code) == f"{['function'] * 7} True"
 
 
 def test_importing_the_package_imports_no_torch() -> None:

@@ -114,6 +114,14 @@ def test_files(tmp_path: Path) -> None:
             Recipe.load(missing)
 
 
+def test_a_recipe_is_written_as_a_file_that_loads(tmp_path: Path) -> None:
+    recipe = Recipe("mine", WeightScheme(bits=4), rules=[Rule("fc", bits=8), Rule("layer1.*", cluster_size=16)])
+    path = tmp_path / "mine.yaml"
+    path.write_text(recipe.to_yaml())
+    assert Recipe.load(path) == recipe
+    assert "null" not in path.read_text()
+
+
 def test_a_rule_without_a_pattern_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"quant.rules\[0\] has no pattern"):
         Recipe.from_dict({"rules": [{"bits": 8}]})

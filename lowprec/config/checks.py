@@ -45,8 +45,14 @@ def check(config: RunConfig) -> None:
     _require_choice("logger.mode", config.logger.mode, WANDB_MODES)
     try:
         config.recipe  # noqa: B018 - building it is the check
+        config.budget.validate()
     except RecipeError as error:
         raise ConfigError(str(error)) from error
+    if config.budget.given and config.task == "cost":
+        raise ConfigError(
+            f"budget.{config.budget.name}={config.budget.value:g}: task=cost reads no data, so it assigns nothing; "
+            "recipe_file=PATH takes the recipe.yaml that a run with this budget leaves"
+        )
 
 
 def _check_data(config: RunConfig) -> None:
@@ -58,6 +64,7 @@ def _check_data(config: RunConfig) -> None:
         ("data.eval_batch_size", data.eval_batch_size),
         ("data.in_channels", data.in_channels),
         ("calibration.images", config.calibration.images),
+        ("sensitivity.images", config.sensitivity.images),
     ):
         _require(key, value, bool(value) and (isinstance(value, str) or value > 0), "at least 1")
     for key, optional in (
@@ -67,6 +74,8 @@ def _check_data(config: RunConfig) -> None:
         ("data.limit_test", data.limit_test),
     ):
         _require(key, optional, optional is None or optional > 0, "at least 1, or null")
+    labelled = config.sensitivity.labelled_images
+    _require("sensitivity.labelled_images", labelled, labelled >= 0, "0 or more")
     _require("data.padding", data.padding, data.padding is None or data.padding >= 0, "0 or more, or null")
     needs_root = data.name in ("image_folder", "shards") and config.task != "cost"
     _require("data.root", data.root, data.root is not None or not needs_root, "the folder that holds train/ and val/")

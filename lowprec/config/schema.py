@@ -13,9 +13,10 @@ from typing import Any, Optional
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
+from lowprec.budget import Budget
 from lowprec.recipe import Recipe
 
-TASKS = ("train", "evaluate", "verify", "export", "cost", "sbatch")
+TASKS = ("train", "evaluate", "verify", "export", "cost", "sensitivity", "sbatch")
 PHOTOGRAPHS = ("imagenet", "image_folder", "shards")
 DATA_SETS = ("fashion_mnist", "digits", "cifar10", "cifar100", *PHOTOGRAPHS)
 HEADS = ("strict", "new")
@@ -49,6 +50,7 @@ INCIDENTAL_KEYS = (
     "slurm",
     "export",
     "verify",
+    "sensitivity.labelled_images",
 )
 
 
@@ -135,6 +137,17 @@ class CalibrationConfig:
 
     images: int = 1024
     reconstruct: bool = True
+
+
+@dataclass
+class SensitivityConfig:
+    """Each layer quantized alone. ``images``: of the calibration images, how many the output error is measured on, by
+    ``task=sensitivity`` and for a ``budget``. ``labelled_images``: validation images on which ``task=sensitivity`` measures
+    top-1; 0 leaves that out.
+    """
+
+    images: int = 128
+    labelled_images: int = 256
 
 
 @dataclass
@@ -233,7 +246,10 @@ class SlurmConfig:
 
 @dataclass
 class RunConfig:
-    """Everything that a run depends on. ``quant`` holds a recipe (see :class:`lowprec.Recipe`)."""
+    """Everything that a run depends on. ``quant`` holds a recipe (see :class:`lowprec.Recipe`).
+
+    ``recipe_file``: a recipe's YAML file that takes the place of ``quant``; once composed, its content is there.
+    """
 
     task: str = "train"
     experiment: str = "custom"
@@ -244,8 +260,11 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     quant: dict[str, Any] = field(default_factory=dict)
+    recipe_file: Optional[str] = None  # noqa: UP045
+    budget: Budget = field(default_factory=Budget)
     baseline: BaselineConfig = field(default_factory=BaselineConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)

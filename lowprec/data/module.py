@@ -216,6 +216,21 @@ class DataModule(LightningDataModule, ABC):
         dataset = self._dataset("train", train[order[:images]], augment=False, replace_damaged=True)
         return [batch for batch, _ in self._loader(dataset, batch_size=self.options.eval_batch_size)]
 
+    def validation_batches(self, images: int) -> list[tuple[Tensor, Tensor]]:
+        """Validation images with labels, the same for the same seed and on every rank, classes in their shares.
+
+        Args:
+            images: how many; at most all validation images are returned.
+
+        Returns:
+            batches as of :meth:`calibration_batches`, and int64 labels.
+        """
+        source: Source = "validation" if "validation" in self._labels else "train"
+        validation = self.splits.validation
+        order = stratified_order(self._labels[source][validation], "sensitivity", self.options.seed)
+        dataset = self._dataset(source, validation[order[:images]], augment=False, replace_damaged=source == "train")
+        return list(self._loader(dataset, batch_size=self.options.eval_batch_size))
+
     def _evaluation_loader(self, source: Source, indices: Tensor, *, replace_damaged: bool) -> DataLoader:
         dataset = self._dataset(source, indices, augment=False, replace_damaged=replace_damaged)
         return self._loader(dataset, batch_size=self.options.eval_batch_size, sampler=ShareSampler(len(indices)))

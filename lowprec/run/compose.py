@@ -23,6 +23,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from lowprec.config import INCIDENTAL_KEYS, ConfigError, RunConfig, schema_keys
 from lowprec.config.debug import apply_debug
+from lowprec.recipe import Recipe, RecipeError
 from lowprec.search.settings import register
 
 # Below these, keys belong to the model's constructor or to the recipe, which name their own mistakes.
@@ -81,6 +82,7 @@ def run_config(composed: DictConfig, choices: Mapping[str, Any], overrides: Iter
         raise ConfigError(explain(error, overrides)) from error
     config.experiment = str(choices.get("experiment") or "custom")
     config.run_id = config.run_id or run_name(config.experiment, overrides)
+    _read_recipe_file(config, overrides)
     apply_debug(config)
     config.validate()
     return config
@@ -144,6 +146,21 @@ def did_you_mean(value: str, choices: Iterable[str], cutoff: float = 0.5) -> str
     """``; did you mean CHOICE?`` for the nearest of the choices, or nothing when none is near."""
     near = difflib.get_close_matches(value, list(choices), n=1, cutoff=cutoff)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def _read_recipe_file(config: RunConfig, overrides: Iterable[str]) -> None:
+    """Puts the recipe of ``recipe_file`` in the place of ``quant``: a run keeps what it holds, not where it lay."""
+    if config.recipe_file is None:
+        return
+    for override in overrides:
+        if _key_of(override).split(".")[0] == "quant":
+            raise ConfigError(f"{override}: recipe_file={config.recipe_file} takes the place of quant; leave one out")
+    if not Path(config.recipe_file).is_file():
+        raise ConfigError(f"recipe_file={config.recipe_file}: there is no such file")
+    try:
+        config.quant, config.recipe_file = Recipe.load(config.recipe_file).to_dict(), None
+    except RecipeError as error:
+        raise ConfigError(f"recipe_file={config.recipe_file}: {error}") from error
 
 
 def _check_keys(composed: DictConfig, overrides: Iterable[str]) -> None:

@@ -15,6 +15,7 @@ from yaml import YAMLError
 
 from lowprec.config import INCIDENTAL_KEYS, ConfigError, RunConfig
 from lowprec.files import whole_file
+from lowprec.recipe import Recipe, RecipeError
 from lowprec.training.differences import differences
 
 
@@ -46,6 +47,8 @@ class RunDirectory:
         self.model_file = self.path / "model.safetensors"
         self.onnx_file = self.path / "model.onnx"
         self.summary_file = self.path / "summary.json"
+        self.recipe_file = self.path / "recipe.yaml"
+        self.sensitivity_file = self.path / "sensitivity.json"
         self.state: dict[str, Any] = {}
         self.writes = True
         self._held_lock: FileLock | None = None
@@ -57,6 +60,23 @@ class RunDirectory:
     @property
     def started(self) -> bool:
         return self.config_file.is_file()
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of the run: the one that was assigned for its budget, if it has one, else the configured one.
+
+        Raises:
+            RunFileError: recipe.yaml is missing or damaged.
+        """
+        if not self.config.budget.given:
+            return self.config.recipe
+        try:
+            return Recipe.load(self.recipe_file)
+        except RecipeError as error:
+            raise RunFileError(
+                f"{self.recipe_file} is missing or damaged ({error}), and the checkpoints beside it belong to it: put the "
+                "file back, or start the run anew with fresh=true"
+            ) from error
 
     def open(self) -> dict[str, Any]:
         """Makes the folder for a new run, or reads how far the run in it has come; no other process may work on it

@@ -20,7 +20,9 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from torch import Tensor, fx, nn
 
+from lowprec.assign import check_reachable
 from lowprec.calibrate import calibrate
+from lowprec.candidates import scheme_choices
 from lowprec.config import ConfigError, RunConfig
 from lowprec.cost import cost
 from lowprec.data import DataModule
@@ -40,6 +42,7 @@ from lowprec.run.data import evaluation_images, run_data
 from lowprec.run.directory import RunDirectory, write_text
 from lowprec.run.export import export_file, export_options
 from lowprec.run.full_precision import build_model, full_precision_model, training_identity
+from lowprec.run.sensitivity import assign_for_budget
 from lowprec.training import processes
 from lowprec.training.checkpoints import BEST
 from lowprec.training.codes import CodeStatistics
@@ -158,6 +161,8 @@ def _trained(current: Run, loggers: list[Logger]) -> fx.GraphModule:
     """The fake-quant model, fine-tuned; the same in all processes."""
     full_precision = full_precision_model(current.config, current.data, current.console)
     current.measure("full_precision", full_precision, current.device)
+    # By one process; the others read what it found.
+    processes.on_main(lambda: assign_for_budget(current, full_precision))
     qmodel = quantize(current, full_precision)
     fine_tune(current, qmodel, full_precision, loggers)
     return qmodel
@@ -179,12 +184,15 @@ def check_quantizable(current: Run) -> None:
     """Prepares the architecture on the meta device: rules and operators are refused before anything is trained.
 
     Raises:
-        RecipeError: a rule matches no layer. UnsupportedModelError, TracingError: the model has no integer form.
+        RecipeError: a rule matches no layer, or no assignment meets the budget. UnsupportedModelError, TracingError: the model
+            has no integer form.
         ConfigError: the model or the data cannot be exported as configured.
     """
     with torch.device("meta"):
         model = build_model(current.config, num_classes=current.data.num_classes).eval()
         qmodel = prepare(model, current.config.recipe, torch.empty(2, *current.data.input_size))
+    if current.config.budget.given:
+        check_reachable(scheme_choices(qmodel), current.config.budget)
     options = export_options(current.config, current.data)
     floats = [name for name, module in qmodel.named_modules() if isinstance(module, QuantizedFloatOperator)]
     if floats and options.runtime == "openvino":
@@ -198,7 +206,7 @@ def quantize(current: Run, full_precision: nn.Module) -> fx.GraphModule:
     """The fake-quant model with solved weights and calibrated activations, as it is before any training."""
     directory = current.directory
     with current.stage("prepare", "prepare: weights to codes and scales"):
-        qmodel = prepare(full_precision.cpu(), current.config.recipe, current.example_images())
+        qmodel = prepare(full_precision.cpu(), directory.recipe, current.example_images())
     # By one process, on images drawn from the whole training split; the others read what it found.
     processes.on_main(lambda: _calibrated(current, qmodel))
     load_checkpoint(qmodel, directory.post_training_file)
@@ -217,7 +225,7 @@ def _calibrated(current: Run, qmodel: fx.GraphModule) -> None:
         batches = current.data.calibration_batches(count)
         qmodel.to(current.device)
         (reconstruct if fitting else calibrate)(qmodel, [batch.to(current.device) for batch in batches])
-    save_checkpoint(qmodel, file, {"recipe": current.config.recipe.name})
+    save_checkpoint(qmodel, file, {"recipe": current.directory.recipe.name})
 
 
 def fine_tune(current: Run, qmodel: fx.GraphModule, teacher: nn.Module, loggers: list[Logger]) -> None:
@@ -235,7 +243,7 @@ def fine_tune(current: Run, qmodel: fx.GraphModule, teacher: nn.Module, loggers:
         distillation=config.trainer.distillation,
         channels_last=config.trainer.channels_last,
         compiled=config.trainer.compile,
-        identity=training_identity(config, config.recipe),
+        identity=training_identity(config, directory.recipe),
     )
     profile = [StepProfile(directory.path)] if config.trainer.debug == "profile" else []
     with current.stage("fine_tune", f"fine-tune: {plural(config.trainer.max_epochs, 'epoch')}"):
@@ -295,7 +303,7 @@ def summarize(current: Run) -> Summary:
         "experiment": config.experiment,
         "model": config.model.name,
         "data": config.data.name,
-        "recipe": config.recipe.name,
+        "recipe": directory.recipe.name,
     }
     results, seconds = directory.state["results"], directory.state["seconds"]
     summary = build_summary(names, results, seconds, config.trainer.max_epochs)

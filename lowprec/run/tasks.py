@@ -1,4 +1,4 @@
-"""What can be done with a finished run (evaluate, verify, export), and what needs no run at all (cost)."""
+"""What can be done with a finished run (evaluate, verify, export), and what needs none (cost, sensitivity)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import fx
 
+from lowprec.assign import assign
 from lowprec.config import ConfigError, RunConfig
 from lowprec.cost import cost
 from lowprec.export.runtime import RUNTIME_NAMES, ExportedModel
@@ -21,9 +22,12 @@ from lowprec.report.summary import Summary, cost_rows, cost_summary
 from lowprec.run.data import evaluation_images, published_data_config, run_data
 from lowprec.run.directory import RunDirectory
 from lowprec.run.export import check_exported, export_file, exported_file
-from lowprec.run.full_precision import build_model
+from lowprec.run.full_precision import baseline_file, build_model, full_precision_model
+from lowprec.run.sensitivity import analyse, show_assignment
+from lowprec.run.stages import Run, check_quantizable, check_same_data
 from lowprec.training.checkpoints import BEST
 from lowprec.training.evaluation import top1
+from lowprec.training.precision import choose_device
 from lowprec.verify import verify
 
 
@@ -113,11 +117,55 @@ def cost_of(config: RunConfig, console: Console) -> Summary:
     return summary
 
 
+def sensitivity_of(config: RunConfig, console: Console) -> Summary:
+    """Quantizes each layer alone, and leaves what was found in the run's folder: sensitivity.json and sensitivity.csv.
+
+    The full-precision model is the run's, and is trained first where there is none yet. A run in the folder stays as it is.
+
+    Raises:
+        ConfigError: the baseline of a training in several processes is not there, and this is one process.
+    """
+    directory = RunDirectory(replace(config, task="train", fresh=False))
+    directory.state = directory.open()
+    try:
+        console.print(f"run {directory.path}")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        device = choose_device(config.trainer.accelerator)
+        current = Run(directory.config, directory, run_data(config), console, device)
+        check_same_data(current)
+        check_quantizable(current)
+        _check_one_process(current)
+        found = analyse(current, full_precision_model(config, current.data, console), labelled=True)
+    finally:
+        directory.close()
+    console.print(str(found))
+    if (budget := config.budget).given:
+        show_assignment(current, assign(found, budget.weight_bits, budget.multiplications_replaced))
+    console.print(
+        f"everything is in {directory.sensitivity_file} and {directory.sensitivity_file.with_suffix('.csv').name}"
+    )
+    return found.to_dict()
+
+
+def _check_one_process(current: Run) -> None:
+    config, model, trainer = current.config, current.config.model, current.config.trainer
+    trained_here = model.checkpoint is None and not model.pretrained
+    if (
+        trained_here
+        and trainer.nodes * trainer.devices > 1
+        and not baseline_file(config, current.data.fingerprint).is_file()
+    ):
+        raise ConfigError(
+            f"trainer.nodes={trainer.nodes} and trainer.devices={trainer.devices}: task=sensitivity is one process, and their "
+            "full-precision baseline is not trained yet; task=train trains it, or give trainer.nodes=1 trainer.devices=1"
+        )
+
+
 def fake_quant_model(directory: RunDirectory, num_classes: int, input_size: tuple[int, int, int]) -> fx.GraphModule:
     """The run's fake-quant model as it was shipped: the best of fine-tuning, or the calibrated one."""
     config = directory.config
     model = build_model(config, num_classes=num_classes).eval()
-    qmodel = prepare(model, config.recipe, torch.zeros(2, *input_size))
+    qmodel = prepare(model, directory.recipe, torch.zeros(2, *input_size))
     fine_tuned = config.trainer.max_epochs > 0
     load_checkpoint(qmodel, directory.checkpoints / BEST if fine_tuned else directory.post_training_file)
     qmodel.eval()
@@ -129,4 +177,5 @@ TASKS: dict[str, Callable[[RunConfig, Console], Summary]] = {
     "verify": verify_run,
     "export": export_run,
     "cost": cost_of,
+    "sensitivity": sensitivity_of,
 }

@@ -97,6 +97,24 @@ def test_calibration_takes_at_most_all_training_images() -> None:
         digits().calibration_batches(0)
 
 
+def test_some_validation_images_are_the_same_each_time_and_of_all_classes() -> None:
+    data = digits(eval_batch_size=30)
+    batches = data.validation_batches(50)
+    assert [len(images) for images, _ in batches] == [len(labels) for _, labels in batches] == [30, 20]
+    again = digits(eval_batch_size=30).validation_batches(50)
+    assert all(torch.equal(one[0], other[0]) for one, other in zip(batches, again, strict=True))
+    labels = torch.cat([labels for _, labels in batches])
+    assert torch.bincount(labels).amin() >= 3
+    of_images = {
+        images.numpy().tobytes(): int(label)
+        for batch in data.val_dataloader()
+        for images, label in zip(*batch, strict=True)
+    }
+    for images, found in batches:
+        assert [of_images[image.numpy().tobytes()] for image in images] == found.tolist()
+    assert sum(len(labels) for _, labels in data.validation_batches(10_000)) == data.sizes["validation"]
+
+
 def test_small_training_split_is_one_batch() -> None:
     assert [len(labels) for _, labels in digits(limit_train=20, batch_size=64).train_dataloader()] == [20]
 
