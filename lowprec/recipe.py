@@ -190,7 +190,9 @@ class Recipe:
                     f"{key}.pattern={rule.pattern!r}: give a layer name with wildcards, or one of {roles}"
                 )
             if not rule.changes():
-                raise RecipeError(f"{key} ({rule.pattern}) changes nothing: give bits, cluster_size, layout, solver or planes")
+                raise RecipeError(
+                    f"{key} ({rule.pattern}) changes nothing: give bits, cluster_size, layout, solver or planes"
+                )
             _check_scheme(rule.changes(), key)
         _check_choice("quant.activations.bits", self.activations.bits, ACTIVATION_BITS)
         _check_choice("quant.activations.calibrator", self.activations.calibrator, CALIBRATORS)
@@ -280,4 +282,6 @@ def _check_scheme(scheme: dict[str, Any], key: str) -> None:
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise RecipeError(f"{key}.cluster_size={size!r}: give a whole number of input channels, at least 1")
     if scheme.get("planes") == 2 and scheme.get("bits", 2) != 2:
-        raise RecipeError(f"{key}.planes=2: only ternary weights (bits=2) have a second plane, not bits={scheme['bits']}")
+        raise RecipeError(
+            f"{key}.planes=2: only ternary weights (bits=2) have a second plane, not bits={scheme['bits']}"
+        )

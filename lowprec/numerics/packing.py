@@ -39,9 +39,7 @@ def stored_bits(bits: int, planes: int = 1) -> int:
     return bits * planes
 
 
-def packed_layout(
-    bits: int, layout: ClusterLayout, planes: int = 1
-) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def packed_layout(bits: int, layout: ClusterLayout, planes: int = 1) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """dtype and shape of each tensor that a packed file holds for one layer; all that its weights and bias need."""
     output_channels = layout.weight_shape[0]
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {

@@ -99,7 +99,9 @@ def executed(file: Path, image: Tensor) -> dict[str, Any]:
     from qonnx.core.modelwrapper import ModelWrapper
     from qonnx.core.onnx_exec import execute_onnx
 
-    found: dict[str, Any] = execute_onnx(ModelWrapper(str(file)), {"images": image.numpy()}, return_full_exec_context=True)
+    found: dict[str, Any] = execute_onnx(
+        ModelWrapper(str(file)), {"images": image.numpy()}, return_full_exec_context=True
+    )
     return found
 
 

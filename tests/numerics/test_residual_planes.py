@@ -224,7 +224,9 @@ def test_mantissas_of_a_cluster_sum_up_to_64_at_most(
         for value, mantissa in zip(scale.flatten().tolist(), found.flatten().tolist(), strict=True):
             exact = Fraction(value) / Fraction(2) ** int(exponent)
             # At most one is cut, where both were rounded up.
-            assert mantissa == round(exact) or (abs(mantissa) == abs(round(exact)) - 1 and abs(exact) - abs(mantissa) < 1.5)
+            assert mantissa == round(exact) or (
+                abs(mantissa) == abs(round(exact)) - 1 and abs(exact) - abs(mantissa) < 1.5
+            )
     free = channel_exponents(scale, 2)
     reach = max(sum(map(Fraction, pair)) for pair in zip(*scale.abs().flatten(1).tolist(), strict=True))
     assert round(reach / Fraction(2) ** (int(free) - 1)) > 64  # one exponent less would not do
