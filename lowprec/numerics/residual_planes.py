@@ -123,8 +123,14 @@ def _magnitude_codes(magnitude: Tensor, scales: PlaneScales) -> Tensor:
     """0 ... 4 of each |w|: where it lies among the middles between the five levels 0, s2, s1 − s2, s1, s1 + s2."""
     s1, s2 = scales
     low, high = torch.minimum(s2, s1 - s2), torch.maximum(s2, s1 - s2)
-    # A level of 0 (where s2 = 0, or s2 = s1) is 0's own.
-    middles = (torch.where(low > 0, low, s1), s1, high + s1, 2 * s1 + s2)
+    # A level that two codes have (where s2 = 0, or s2 = s1) is 0's or the first plane's.
+    own = low > 0
+    middles = (
+        torch.where(own, low, s1),
+        s1,
+        torch.where(own, high + s1, s1),
+        torch.where(s2 > 0, 2 * s1 + s2, torch.inf),
+    )
     place = torch.zeros_like(magnitude)
     for middle in middles:
         place += magnitude > torch.where(s1 > 0, middle / 2, torch.inf)
