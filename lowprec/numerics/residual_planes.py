@@ -93,7 +93,8 @@ def _fit(magnitude: Tensor, scales: PlaneScales, axes: tuple[int, ...]) -> tuple
     first, second = planes_of(codes)
 
     def total(values: Tensor) -> Tensor:
-        return values.sum(axes, keepdim=True).to(torch.float64)
+        # In float64: products with digits are float32 weights, whose sums are then the same in any order.
+        return values.sum(axes, keepdim=True, dtype=torch.float64)
 
     # Magnitudes have codes 0 ... 4, so first digits are 0 and 1, and are their own squares.
     a, b, c = total(first), total(first * second), total(second.square())
