@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from lowprec.images import check_images, other_sizes_refused
 from lowprec.layers import QuantizedBatchNorm2d, QuantizedLayer, QuantizedLookup, QuantizedMatmul
-from lowprec.numerics.packing import packed_layout
+from lowprec.numerics.packing import packed_layout, stored_bits
 from lowprec.prepare import expect_prepared, full_precision
 
 # safetensors' names of the dtypes in a packed file, and the file's fixed parts: length field and metadata.
@@ -31,7 +31,7 @@ class LayerCost:
     """One layer, for one image.
 
     bits: of its weights, 32 if it is not quantized. weight_storage_bits: codes, mantissas and exponents. multiplications:
-    one a cluster and output position for ternary weights, else one a MAC.
+    one a cluster, plane and output position for ternary weights, else one a MAC. planes: of ternary weights, 1 or 2.
     """
 
     name: str
@@ -42,6 +42,7 @@ class LayerCost:
     multiplications: int
     weights: int
     weight_storage_bits: int
+    planes: int = 1
 
     @property
     def multiplications_replaced(self) -> float:
@@ -86,7 +87,8 @@ class Costs:
         width = max(len(layer.name) for layer in self.layers)
         heads = f"{'layer':{width}}  {'weight':>18}  {'bits':>4}  {'N':>4}  {'MACs':>13}  {'replaced':>8}  {'bits/weight':>11}"
         rows = [
-            f"{layer.name:{width}}  {'x'.join(map(str, layer.weight_shape)):>18}  {layer.bits:>4}  {layer.cluster_size:>4}  "
+            f"{layer.name:{width}}  {'x'.join(map(str, layer.weight_shape)):>18}  "
+            f"{'2+2' if layer.planes == 2 else layer.bits:>4}  {layer.cluster_size:>4}  "
             f"{layer.macs:>13,}  {layer.multiplications_replaced:>8.1%}  {layer.weight_bits:>11.2f}"
             for layer in self.layers
         ]
@@ -136,20 +138,20 @@ def _layer_cost(name: str, module: nn.Module, output: Tensor) -> LayerCost:
     assert isinstance(weight, Tensor)
     positions = output[0].numel() // len(weight)
     macs = positions * weight.numel()
-    multiplications, bits, cluster_size = macs, 32, 1
+    multiplications, bits, planes, cluster_size = macs, 32, 1, 1
     storage_bits = 32 * weight.numel()
     if isinstance(module, QuantizedLayer):
-        bits = module.scheme.bits
+        bits, planes = module.scheme.bits, module.scheme.planes
         layout = module.weight_quantizer.layout
-        tensors = packed_layout(bits, layout)
+        tensors = packed_layout(bits, layout, planes)
         scales = sum(8 * prod(tensors[key][1]) for key in ("mantissas", "exponents") if key in tensors)
-        storage_bits = bits * weight.numel() + scales
+        storage_bits = stored_bits(bits, planes) * weight.numel() + scales
         if bits != 8:
             cluster_size = layout.members
         if bits == 2:
-            multiplications = positions * layout.clusters
+            multiplications = positions * layout.clusters * planes
     shape = tuple(weight.shape)
-    return LayerCost(name, shape, bits, cluster_size, macs, multiplications, weight.numel(), storage_bits)
+    return LayerCost(name, shape, bits, cluster_size, macs, multiplications, weight.numel(), storage_bits, planes)
 
 
 def _product_cost(name: str, left: Tensor, output: Tensor) -> LayerCost:
@@ -185,7 +187,8 @@ def _packed_bytes(qmodel: fx.GraphModule) -> int:
 
     for name, module in qmodel.named_modules():
         if isinstance(module, QuantizedLayer):
-            for key, (dtype, shape) in packed_layout(module.scheme.bits, module.weight_quantizer.layout).items():
+            scheme, layout = module.scheme, module.weight_quantizer.layout
+            for key, (dtype, shape) in packed_layout(scheme.bits, layout, scheme.planes).items():
                 add(f"{name}.{key}", dtype, shape)
         elif isinstance(module, QuantizedLookup):
             add(f"{name}.table", torch.int16, module.table_shape)

@@ -99,7 +99,8 @@ def describe_assignment(assignment: LayerAssignment) -> str:
     scheme = assignment.scheme
     clusters = "" if scheme.bits == 8 else f", clusters of {scheme.cluster_size} ({scheme.layout}, {scheme.solver})"
     rules = f" by {', '.join(assignment.rules)}" if assignment.rules else ""
-    return f"{assignment.name}: {scheme.bits}-bit weights{clusters}{rules}"
+    planes = " in two planes" if scheme.planes == 2 else ""
+    return f"{assignment.name}: {scheme.bits}-bit weights{planes}{clusters}{rules}"
 
 
 def expect_prepared(model: object, function: str) -> None:

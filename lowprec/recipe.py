@@ -16,6 +16,7 @@ from typing import Any, Optional
 import yaml
 
 WEIGHT_BITS = (2, 4, 8)
+PLANES = (1, 2)
 ACTIVATION_BITS = (8,)
 LAYOUTS = ("kernel", "element")
 SOLVERS = ("exact", "rms", "paper", "twn")
@@ -37,13 +38,15 @@ class WeightScheme:
 
     bits: 2 (ternary), 4 or 8 (one exponent per output channel, no clusters). cluster_size: input channels that share a
     scale. layout: ``kernel`` (whole kernels share it, arXiv 1701.08978) or ``element`` (the weights at one kernel
-    position do, arXiv 1705.01462). solver: of ternary scales.
+    position do, arXiv 1705.01462). solver: of ternary scales. planes: 2 adds a residual ternary plane with scales of its own
+    in the same clusters (arXiv 1707.04679): a weight is s1·t1 + s2·t2; only with bits=2.
     """
 
     bits: int = 2
     cluster_size: int = 4
     layout: str = "kernel"
     solver: str = "exact"
+    planes: int = 1
 
 
 @dataclass
@@ -65,7 +68,7 @@ class Rule:
     """Changes the weight scheme of the layers whose name matches ``pattern``; what is left out stays as it is.
 
     pattern: a layer's name with the wildcards ``* ? [...]``, or a role: ``@first_convolution``, ``@depthwise``,
-    ``@classifier``.
+    ``@classifier``. Bits other than 2 mean one plane, which a rule that gives them need not say.
     """
 
     pattern: str = "*"
@@ -73,10 +76,12 @@ class Rule:
     cluster_size: Optional[int] = None  # noqa: UP045
     layout: Optional[str] = None  # noqa: UP045
     solver: Optional[str] = None  # noqa: UP045
+    planes: Optional[int] = None  # noqa: UP045
 
     def changes(self) -> dict[str, Any]:
         """The fields of the weight scheme that this rule sets."""
-        return {key: value for key, value in asdict(self).items() if key != "pattern" and value is not None}
+        given = {key: value for key, value in asdict(self).items() if key != "pattern" and value is not None}
+        return given if self.bits in (None, 2) else {"planes": 1, **given}
 
 
 # Holds for every recipe; a rule of the recipe itself comes later and so has the last word.
@@ -161,7 +166,14 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain mappings and lists; :meth:`from_dict` is its inverse."""
-        return asdict(self)
+        content = asdict(self)
+        # Left out where they say nothing, as in checkpoints and files that are older than planes.
+        if self.weights.planes == 1:
+            del content["weights"]["planes"]
+        for rule in content["rules"]:
+            if rule["planes"] is None:
+                del rule["planes"]
+        return content
 
     def to_yaml(self) -> str:
         """The recipe as the text of a file for :meth:`load`; rules with what they change alone."""
@@ -183,7 +195,9 @@ class Recipe:
                     f"{key}.pattern={rule.pattern!r}: give a layer name with wildcards, or one of {roles}"
                 )
             if not rule.changes():
-                raise RecipeError(f"{key} ({rule.pattern}) changes nothing: give bits, cluster_size, layout or solver")
+                raise RecipeError(
+                    f"{key} ({rule.pattern}) changes nothing: give bits, cluster_size, layout, solver or planes"
+                )
             _check_scheme(rule.changes(), key)
         _check_choice("quant.activations.bits", self.activations.bits, ACTIVATION_BITS)
         _check_choice("quant.activations.calibrator", self.activations.calibrator, CALIBRATORS)
@@ -196,7 +210,7 @@ class Recipe:
         """Applies the rules, in order, to all layers.
 
         Raises:
-            RecipeError: a rule whose pattern matches no layer.
+            RecipeError: a rule whose pattern matches no layer, or a second plane for a layer that is not ternary.
         """
         layers = list(layers)
         schemes = {layer.name: self.weights for layer in layers}
@@ -213,6 +227,13 @@ class Recipe:
             for name in matching:
                 schemes[name] = replace(schemes[name], **rule.changes())
                 applied[name].append(rule.pattern)
+        for name, scheme in schemes.items():
+            if scheme.planes == 2 and scheme.bits != 2:
+                raise RecipeError(
+                    f"recipe {self.name}: layer {name} got planes=2 and bits={scheme.bits} from the rules "
+                    f"{', '.join(applied[name])}: a second plane is for bits=2; let the rule that gives planes give bits too, or "
+                    "match fewer layers"
+                )
         return [LayerAssignment(layer.name, schemes[layer.name], tuple(applied[layer.name])) for layer in layers]
 
 
@@ -259,9 +280,13 @@ def _check_choice(key: str, value: object, choices: tuple[object, ...]) -> None:
 
 
 def _check_scheme(scheme: dict[str, Any], key: str) -> None:
-    for name, choices in (("bits", WEIGHT_BITS), ("layout", LAYOUTS), ("solver", SOLVERS)):
+    for name, choices in (("bits", WEIGHT_BITS), ("layout", LAYOUTS), ("solver", SOLVERS), ("planes", PLANES)):
         if name in scheme:
             _check_choice(f"{key}.{name}", scheme[name], choices)
     size = scheme.get("cluster_size", 1)
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise RecipeError(f"{key}.cluster_size={size!r}: give a whole number of input channels, at least 1")
+    if scheme.get("planes") == 2 and scheme.get("bits", 2) != 2:
+        raise RecipeError(
+            f"{key}.planes=2: only ternary weights (bits=2) have a second plane, not bits={scheme['bits']}"
+        )

@@ -40,7 +40,8 @@ def reconstruct(qmodel: fx.GraphModule, batches: Iterable[Any]) -> None:
 
     Instead of :func:`lowprec.calibrate`, and takes the same batches: labels are not needed. Codes and scales are those of
     :mod:`lowprec.numerics.compensation`; latent weights become the quantized ones, so fine-tuning starts from these. Batch norms
-    keep their variances, which the fit makes up for; means, and biases of layers without batch norm, are corrected.
+    keep their variances, which the fit makes up for; means, and biases of layers without batch norm, are corrected. Layers of
+    two ternary planes keep the solver's codes and scales.
 
     Raises:
         TypeError: a model that is not prepared, or batches that hold no float32 images.
@@ -99,7 +100,9 @@ class _ReconstructionWalk(Walk):
     def adapt(self, name: str, layer: QuantizedLayer, inputs: list[Tensor]) -> None:
         reference = statistics_of(layer, self.outputs)
         if not isinstance(layer, QuantizedBatchNorm2d):
-            if layer.weight[0].numel() <= LARGEST_INPUTS:
+            if layer.scheme.planes == 2:
+                log.info("%s: two ternary planes, kept as solved", name)
+            elif layer.weight[0].numel() <= LARGEST_INPUTS:
                 fit_weights(layer, inputs, self.outputs)
             else:
                 log.info("%s: %d inputs, kept as solved", name, layer.weight[0].numel())

@@ -142,6 +142,18 @@ def test_rules_come_through_and_are_checked() -> None:
     assert "quant.rules[0].patern" in mistake("quant.rules=[{patern: 'layer3.*', bits: 4}]")
 
 
+def test_planes_compose_in_the_weights_and_in_rules() -> None:
+    config = compose_run(
+        ["quant.weights.planes=2", "quant.rules=[{pattern: '@classifier', bits: 8}, {pattern: 'stage1.*', planes: 1}]"],
+        CONFIG_FOLDER,
+    )
+    assert config.recipe.weights.planes == 2
+    assert [rule.changes() for rule in config.recipe.rules] == [{"planes": 1, "bits": 8}, {"planes": 1}]
+    assert compose_run([], CONFIG_FOLDER).recipe.weights.planes == 1
+    assert "quant.weights.planes=2: only ternary" in mistake("quant=w4a8_n4", "quant.weights.planes=2")
+    assert "quant.weights.planes=3" in mistake("quant.weights.planes=3")
+
+
 def test_every_key_of_the_schema_is_known() -> None:
     keys = schema_keys()
     assert {"trainer.distillation.weight", "quant.weights.cluster_size", "baseline.optim.name"} <= set(keys)

@@ -84,6 +84,19 @@ def test_element_layout_has_a_scale_at_each_position() -> None:
     assert second.weight_storage_bits == 2 * 540 + 8 * 6 * 3 * 9 + 8 * 6
 
 
+def test_a_second_plane_doubles_codes_mantissas_and_multiplications() -> None:
+    recipe = Recipe(weights=WeightScheme(cluster_size=4, planes=2), rules=[Rule("6", planes=1)])
+    costs = meta_cost(TwoLayers(), recipe, (3, 8, 8))
+    first, second, classifier = costs.layers
+    assert (first.planes, second.planes, classifier.planes) == (1, 2, 1)
+    # 3 clusters for each of 6 channels, at 4 x 4 positions, two scales each.
+    assert (second.bits, second.macs, second.multiplications) == (2, 16 * 540, 16 * 6 * 3 * 2)
+    assert second.weight_storage_bits == 2 * 2 * 540 + 2 * 8 * 6 * 3 + 8 * 6
+    assert classifier.weight_storage_bits == 2 * 672 + 8 * 24 * 7 + 8 * 7
+    assert costs.multiplications_replaced == 1 - (64 * 270 + 16 * 18 * 2 + 24 * 7) / costs.macs
+    assert str(costs).splitlines()[2].split()[1:5] == ["6x10x3x3", "2+2", "4", "8,640"]
+
+
 def test_four_bit_layers_replace_no_multiplication() -> None:
     costs = meta_cost(TwoLayers(), Recipe(weights=WeightScheme(bits=4)), (3, 8, 8))
     assert costs.multiplications_replaced == 0

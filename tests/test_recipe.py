@@ -99,6 +99,60 @@ def test_impossible_values_name_the_key_and_the_choices(content: dict[str, Any],
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"weights": {"planes": 3}}, ["quant.weights.planes=3", "1, 2"]),
+        ({"weights": {"planes": True}}, ["quant.weights.planes=True"]),
+        ({"weights": {"bits": 4, "planes": 2}}, ["quant.weights.planes=2", "bits=2", "bits=4"]),
+        ({"rules": [{"pattern": "fc", "bits": 8, "planes": 2}]}, ["quant.rules[0].planes=2", "bits=2", "bits=8"]),
+        ({"rules": [{"pattern": "fc", "planes": 0}]}, ["quant.rules[0].planes=0", "1, 2"]),
+    ],
+)
+def test_a_second_plane_is_for_ternary_weights(content: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        Recipe.from_dict(content)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def planes(recipe: Recipe) -> dict[str, tuple[int, int]]:
+    return {item.name: (item.scheme.bits, item.scheme.planes) for item in recipe.assign(LAYERS)}
+
+
+def test_rules_that_give_more_bits_take_the_second_plane_away() -> None:
+    two = WeightScheme(planes=2)
+    assert planes(Recipe(weights=two)) == {
+        "conv1": (8, 1),
+        "layer1.0.conv1": (2, 2),
+        "layer1.0.depthwise": (2, 2),
+        "fc": (2, 2),
+    }
+    rules = [Rule("fc", bits=4), Rule("@depthwise", planes=1), Rule("conv1", bits=2, planes=2)]
+    found = planes(Recipe(weights=two, rules=rules))
+    assert found == {"conv1": (2, 2), "layer1.0.conv1": (2, 2), "layer1.0.depthwise": (2, 1), "fc": (4, 1)}
+    # In order: planes that a rule has taken away do not come back with the bits.
+    assert planes(Recipe(weights=two, rules=[Rule("fc", bits=4), Rule("fc", bits=2)]))["fc"] == (2, 1)
+    assert planes(Recipe(weights=WeightScheme(bits=4), rules=[Rule("fc", bits=2, planes=2)]))["fc"] == (2, 2)
+    assert planes(Recipe(rules=[Rule("layer1.*", planes=2)]))["layer1.0.conv1"] == (2, 2)
+
+
+def test_a_second_plane_for_a_layer_of_more_bits_names_the_layer_and_the_rules() -> None:
+    with pytest.raises(RecipeError, match=r"layer conv1 got planes=2 and bits=8 from the rules @first_convolution, \*"):
+        Recipe(rules=[Rule("*", planes=2)]).assign(LAYERS)
+    with pytest.raises(RecipeError, match="layer fc got planes=2 and bits=4 from the rules fc, fc"):
+        Recipe(rules=[Rule("fc", bits=4), Rule("fc", planes=2)]).assign(LAYERS)
+
+
+def test_one_plane_is_not_written_down() -> None:
+    """So recipes in files and checkpoints from before there were planes equal those of today."""
+    plain = Recipe(rules=[Rule("fc", bits=8)])
+    assert "planes" not in str(plain.to_dict())
+    assert Recipe.from_dict(plain.to_dict()) == plain
+    two = Recipe(weights=WeightScheme(planes=2), rules=[Rule("fc", planes=1)])
+    assert Recipe.from_dict(two.to_dict()) == two
+
+
 def test_files(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("name: mine\nweights: {bits: 4}\nrules:\n- {pattern: fc, bits: 8}\n")

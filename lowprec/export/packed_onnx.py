@@ -7,7 +7,8 @@ A layer's weight is unpacked by standard operators, exactly as :func:`lowprec.nu
 The first scale is a cluster's mantissa (a sixteenth of it for 4 bits), so that Round, which is half to even, gives the
 effective codes; the last one is the channel's 2^e. ONNX Runtime keeps a DequantizeLinear of constants to run it again for
 every batch, except where the next operator has one input and a QuantizeLinear follows: then it folds all of them when it
-loads the file. Round in just this place therefore leaves the integer kernels and speed of :func:`export_onnx`.
+loads the file. Round in just this place therefore leaves the integer kernels and speed of :func:`export_onnx`. Of two ternary
+planes each has such a chain of its own, up to int8; both are added as int32.
 All else is as :mod:`lowprec.export.onnx` writes it.
 """
 
@@ -24,12 +25,13 @@ from lowprec.export.options import ExportOptions, checked_options
 from lowprec.export.qdq import QdqGraph, values_name
 from lowprec.integer.model import IntegerModel, expect_integer_model
 from lowprec.integer.operators import IntegerLayer
-from lowprec.numerics.effective_codes import CODE_SHIFT
+from lowprec.numerics.effective_codes import CODE_SHIFT, planes_of
 from lowprec.targets import writable_path
 
 # The first operator set with INT2.
 OPSET = 25
 CODE_TYPES = {2: TensorProto.INT2, 4: TensorProto.INT4}
+PLANE_NAMES = ("first", "residual")
 # Powers of two that a FLOAT8E8M0 holds, in one byte.
 EXPONENTS = range(-127, 128)
 
@@ -79,8 +81,24 @@ class PackedGraph(QdqGraph):
     def _effective_codes(self, name: str, layer: IntegerLayer, transposed: bool) -> str:
         """The int8 effective codes of a layer's weight [O, I, *kernel], or transposed [I, O], from packed ones."""
         assert layer.mantissas is not None
+        if layer.planes == 1:
+            effective = self._plane(name, layer, layer.codes.numpy(), layer.mantissas.numpy(), transposed)
+        else:
+            wide = []
+            for part, codes, mantissas in zip(PLANE_NAMES, planes_of(layer.codes), layer.mantissas, strict=True):
+                plane = self._plane(f"{name}.{part}", layer, codes.numpy(), mantissas.numpy(), transposed)
+                wide.append(self.node("Cast", [plane], f"{plane}.wide", to=TensorProto.INT32))
+            # ONNX Runtime adds no int8; their sum is one: |a1| + |a2| <= 64.
+            total = self.node("Add", wide, f"{name}.sum")
+            effective = self.node("Cast", [total], f"{name}.effective", to=TensorProto.INT8)
+        if layer.codes.dim() == 2 or not layer.layout.shares_positions:
+            return effective
+        shape = self.constant(f"{name}.shape", np.array(layer.codes.shape, np.int64))
+        return self.node("Reshape", [effective, shape], f"{name}.reshaped")
+
+    def _plane(self, name: str, layer: IntegerLayer, codes: np.ndarray, mantissas: np.ndarray, transposed: bool) -> str:
+        """Codes times mantissas of one plane, int8; with rows of whole kernels where a cluster's positions share its scale."""
         layout = layer.layout
-        codes, mantissas = layer.codes.numpy(), layer.mantissas.numpy()
         channels = (len(codes), layout.groups)
         if layout.shares_positions:
             # A cluster's kernels lie side by side: one block of a row.
@@ -101,11 +119,7 @@ class PackedGraph(QdqGraph):
         rounded = self.node("Round", [values], f"{name}.rounded")
         one = self.constant("lowprec.one", np.float32(1))
         zero = self.constant("lowprec.zero", np.int8(0))
-        effective = self.node("QuantizeLinear", [rounded, one, zero], f"{name}.effective")
-        if codes.shape == layer.codes.shape or transposed:
-            return effective
-        shape = self.constant(f"{name}.shape", np.array(layer.codes.shape, np.int64))
-        return self.node("Reshape", [effective, shape], f"{name}.reshaped")
+        return self.node("QuantizeLinear", [rounded, one, zero], f"{name}.effective")
 
     def _mantissas(self, name: str, mantissas: np.ndarray, bits: int) -> str:
         """Scales of clusters, from int8: what one unit of a weight's code is worth in effective codes."""

@@ -4,7 +4,8 @@ Activations: Quant of 8 bits with a power of two as scale, zero point 0, signed 
 
 - ternary ones: Quant of 2 bits, signed, narrow; the scale |a|·2^e of each cluster, repeated for its input channels (one for
   each output channel where a cluster holds all of them). Where no weight of a layer is 0: BipolarQuant. FINN takes scales
-  by output channel alone; ``cluster_scales=False`` writes a·t, of 8 bits, with scale 2^e instead.
+  by output channel alone; ``cluster_scales=False`` writes a·t, of 8 bits, with scale 2^e instead. Of two planes each has such
+  a Quant, and an Add follows; without cluster scales one Quant holds a1·t1 + a2·t2.
 - 4-bit ones: Quant of 7 bits with scale 2^e on the effective codes round_half_even(a·q / 16), which are what is multiplied.
   A Quant of 4 bits with scales a·2^e / 16 would leave this rounding out. A second Quant behind it would bring it in, but
   FINN folds no weight's Quant into a Quant.
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
+from torch import Tensor
 
 from lowprec.export.assembly import assemble, layers_by_weight, write_proto
 from lowprec.export.operators import write_step
@@ -50,6 +52,7 @@ from lowprec.integer.operators import (
     IntegerSlice,
     IntegerUpsample,
 )
+from lowprec.numerics.effective_codes import planes_of
 from lowprec.targets import writable_path
 
 # What FINN, hls4ml and the transformations of the qonnx package know: later sets give operators other forms.
@@ -166,22 +169,39 @@ class QonnxGraph(QdqGraph):
         effective = layer.effective.numpy()
         powers = np.ldexp(np.float32(1), layer.exponents.numpy().astype(np.int32))
         powers = powers.reshape(-1, *[1] * (effective.ndim - 1))
-        values, scale = effective.astype(np.float32) * powers, powers
-        bits, clustered = EFFECTIVE_BITS[layer.bits], layer.bits == 2 and self.cluster_scales
-        if clustered:
-            bits, magnitudes = 2, _magnitudes(layer)
-            # Clusters of mantissa 0 hold zeros, at any scale but 0, by which a Quant would divide.
-            scale = np.where(magnitudes == 0, 1, magnitudes).astype(np.float32) * powers
-        if transposed:
-            values, scale = values.T, scale.T
-        tensors = [
-            self.constant(f"{name}.{part}", np.ascontiguousarray(array))
-            for part, array in (("float", values), ("scale", scale))
-        ]
-        if clustered and effective.all():
-            return self.node("BipolarQuant", tensors, values_name(name), f"{name}.quant", domain=DOMAIN)
+        if layer.bits == 2 and self.cluster_scales:
+            return self._ternary(name, layer, powers, transposed)
+        values = effective.astype(np.float32) * powers
+        source, scale = self._oriented(name, values, powers, transposed)
         narrow = bool(effective.min() > -128)
-        return self._quant(tensors[0], tensors[1], bits, True, narrow, values_name(name), f"{name}.quant")
+        bits = EFFECTIVE_BITS[layer.bits]
+        return self._quant(source, scale, bits, True, narrow, values_name(name), f"{name}.quant")
+
+    def _ternary(self, name: str, layer: IntegerLayer, powers: np.ndarray, transposed: bool) -> str:
+        """A Quant of 2 bits with a scale for each cluster; of two planes one for each, and their sum."""
+        assert layer.mantissas is not None
+        if layer.planes == 1:
+            self._plane(name, layer.codes, _mantissas(layer, layer.mantissas), powers, transposed)
+            return values_name(name)
+        parts = [f"{name}.first", f"{name}.residual"]
+        for part, codes, mantissas in zip(parts, planes_of(layer.codes), layer.mantissas, strict=True):
+            self._plane(part, codes, _mantissas(layer, mantissas), powers, transposed)
+        return self.node("Add", [values_name(part) for part in parts], values_name(name), f"{name}.sum")
+
+    def _plane(self, name: str, codes: Tensor, mantissas: np.ndarray, powers: np.ndarray, transposed: bool) -> None:
+        effective, magnitudes = codes.numpy() * mantissas, np.abs(mantissas)
+        # Clusters of mantissa 0 hold zeros, at any scale but 0, by which a Quant would divide.
+        scale = np.where(magnitudes == 0, 1, magnitudes).astype(np.float32) * powers
+        source, scale_name = self._oriented(name, effective.astype(np.float32) * powers, scale, transposed)
+        if effective.all():
+            self.node("BipolarQuant", [source, scale_name], values_name(name), f"{name}.quant", domain=DOMAIN)
+        else:
+            self._quant(source, scale_name, 2, True, True, values_name(name), f"{name}.quant")
+
+    def _oriented(self, name: str, values: np.ndarray, scale: np.ndarray, transposed: bool) -> list[str]:
+        """Constants of a weight's values and scales, [O, I, *kernel] or transposed [I, O]."""
+        arrays = {"float": values.T, "scale": scale.T} if transposed else {"float": values, "scale": scale}
+        return [self.constant(f"{name}.{part}", np.ascontiguousarray(array)) for part, array in arrays.items()]
 
     def _quant(self, source: str, scale: str, bits: int, signed: bool, narrow: bool, output: str, name: str) -> str:
         zero = self.constant("lowprec.zero_point", np.float32(0))
@@ -195,14 +215,12 @@ def _values_for(tensor: str) -> str:
     return values_name(tensor.removesuffix(".codes")) if tensor.endswith(".codes") else tensor
 
 
-def _magnitudes(layer: IntegerLayer) -> np.ndarray:
-    """|a| of each weight's cluster, of a shape that broadcasts against the weight [O, I, *kernel]."""
-    assert layer.mantissas is not None
+def _mantissas(layer: IntegerLayer, mantissas: Tensor) -> np.ndarray:
+    """a of each weight's cluster, int32, of a shape that broadcasts against the weight [O, I, *kernel]."""
     layout, channels = layer.layout, layer.codes.shape[1]
     kernel = [1] * (layer.codes.dim() - 2) if layout.shares_positions else list(layer.codes.shape[2:])
-    magnitudes = np.abs(layer.mantissas.numpy().astype(np.int32))
-    magnitudes = magnitudes.reshape(len(layer.codes), layout.groups, *kernel)
-    return magnitudes if layout.groups == 1 else magnitudes.repeat(layout.members, axis=1)[:, :channels]
+    wide = mantissas.numpy().astype(np.int32).reshape(len(layer.codes), layout.groups, *kernel)
+    return wide if layout.groups == 1 else wide.repeat(layout.members, axis=1)[:, :channels]
 
 
 def _write_step(graph: QdqGraph, step: Step) -> str:

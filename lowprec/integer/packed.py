@@ -15,13 +15,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lowprec.integer.model import IntegerModel, Step, expect_integer_model
-from lowprec.integer.operators import OPERATORS, Grid, IntegerLayer
-from lowprec.numerics.packing import pack_codes, packed_layout, unpack_codes
+from lowprec.integer.operators import OPERATORS, Grid, IntegerLayer, IntegerOperator
+from lowprec.numerics.effective_codes import plane_count
+from lowprec.numerics.packing import pack_codes, packed_layout, stored_bits, unpack_codes
 from lowprec.targets import writable_path
 from lowprec.tensor_files import write_safetensors
 
 FORMAT = "lowprec"
 VERSION = 2
+# Of files that hold weights of two planes, which readers of version 2 alone would misread.
+TWO_PLANES_VERSION = 3
+VERSIONS = (VERSION, TWO_PLANES_VERSION)
 GRAPH = "graph"
 # The keys that make a mapping in the graph a Grid.
 GRID_KEYS = {"exponent", "low", "high"}
@@ -55,7 +59,8 @@ def save(model: IntegerModel, path: str | Path) -> None:
         {"image_shape": model.image_shape, "metadata": model.metadata, "steps": graph}, separators=(",", ":")
     )
     tensors[GRAPH] = torch.frombuffer(bytearray(zlib.compress(text.encode(), 9)), dtype=torch.uint8)
-    metadata = {"format": FORMAT, "version": str(VERSION), "checksum": _checksum(tensors)}
+    version = max((_version(step.operator) for step in model.steps), default=VERSION)
+    metadata = {"format": FORMAT, "version": str(version), "checksum": _checksum(tensors)}
     write_safetensors(path, tensors, metadata)
 
 
@@ -79,11 +84,12 @@ def load(path: str | Path) -> IntegerModel:
         ) from error
     if metadata.get("format") != FORMAT or GRAPH not in tensors:
         raise PackedFileError(f"{path} is a safetensors file, but no packed model of lowprec.save")
-    if metadata.get("version") != str(VERSION):
+    if metadata.get("version") not in map(str, VERSIONS):
         version = metadata.get("version", "")
-        later = version.isdecimal() and int(version) > VERSION
+        later = version.isdecimal() and int(version) > max(VERSIONS)
         advice = "update lowprec" if later else "export it again"
-        raise PackedFileError(f"{path} has format version {version}, this lowprec reads version {VERSION}: {advice}")
+        known = " and ".join(map(str, VERSIONS))
+        raise PackedFileError(f"{path} has format version {version}, this lowprec reads versions {known}: {advice}")
     if metadata.get("checksum") != _checksum(tensors):
         raise PackedFileError(f"{path} is damaged: its checksum does not match its content. Copy or export it again")
     content = json.loads(zlib.decompress(tensors[GRAPH].numpy().tobytes()))
@@ -96,11 +102,16 @@ def load(path: str | Path) -> IntegerModel:
     return IntegerModel(steps, tuple(content["image_shape"]), content["metadata"]).eval()
 
 
+def _version(operator: IntegerOperator) -> int:
+    return TWO_PLANES_VERSION if isinstance(operator, IntegerLayer) and operator.planes == 2 else VERSION
+
+
 def _packed_tensors(layer: IntegerLayer) -> dict[str, Tensor]:
-    tensors = {"codes": pack_codes(layer.codes, layer.bits), "exponents": layer.exponents, "bias": layer.bias}
+    bits = stored_bits(layer.bits, layer.planes)
+    tensors = {"codes": pack_codes(layer.codes, bits), "exponents": layer.exponents, "bias": layer.bias}
     if layer.mantissas is not None:
         tensors["mantissas"] = layer.mantissas
-    expected = packed_layout(layer.bits, layer.layout)
+    expected = packed_layout(layer.bits, layer.layout, layer.planes)
     assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} == expected
     return tensors
 
@@ -114,8 +125,9 @@ def _step(entry: dict[str, Any], tensors: dict[str, Tensor]) -> Step:
     }
     if issubclass(OPERATORS[kind], IntegerLayer):
         shape = arguments.pop("shape")
-        stored["codes"] = unpack_codes(stored["codes"], arguments["bits"], shape)
         stored.setdefault("mantissas", None)
+        bits = stored_bits(arguments["bits"], plane_count(stored["mantissas"]))
+        stored["codes"] = unpack_codes(stored["codes"], bits, shape)
     return Step(name, tuple(inputs), OPERATORS[kind](**stored, **arguments))
 
 

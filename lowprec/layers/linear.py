@@ -125,7 +125,7 @@ class QuantizedLayer(nn.Module, ABC):
         return self._gain_and_offset(self.norm)[0]
 
     def weight_codes(self) -> Tensor:
-        """Codes of the weights, int8, of the weight's shape: -1 … 1, -7 … 7 or -128 … 127."""
+        """Codes of the weights, int8, of the weight's shape: -1 … 1, -4 … 4 (two planes), -7 … 7 or -128 … 127."""
         return self.weight_quantizer.codes(self.weight).to(torch.int8)
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lowprec.numerics.clusters import ClusterLayout
 from lowprec.numerics.effective_codes import channel_exponents, effective_codes, mantissas
 from lowprec.numerics.fixed_point import dequantize, exponent_for
+from lowprec.numerics.residual_planes import PlaneScales, descend_two_planes, solve_two_planes, two_plane_codes
 from lowprec.numerics.solvers import (
     ClusterScales,
     check_finite,
@@ -32,7 +33,8 @@ BIAS_LIMIT = 1 << 22
 class FoldedWeights(NamedTuple):
     """What an integer layer holds, as floating-point integers: value of a weight = effective · 2^exponent.
 
-    codes and effective: [O, I, *kernel]; mantissas: [O, G, 1, 1 or P], none for 8-bit weights; exponent: [O], int32.
+    codes and effective: [O, I, *kernel]; mantissas: [O, G, 1, 1 or P], of two planes [2, O, G, 1, 1 or P], none for 8-bit
+    weights; exponent: [O], int32.
     """
 
     codes: Tensor
@@ -45,11 +47,13 @@ class WeightQuantizer(nn.Module):
     """Quantizes the weight of one layer by its scheme.
 
     Scales and thresholds are buffers of full shape from the start, so checkpoints load strictly. They follow the latent
-    weights: :meth:`solve` finds them anew, :meth:`descend` takes one step of least squares. 8-bit weights have no state.
+    weights: :meth:`solve` finds them anew, :meth:`descend` takes one step of least squares. 8-bit weights have no state. Codes
+    of two planes are the nearest levels, so there is a second scale instead of a threshold.
     """
 
     scale: Tensor
     threshold: Tensor
+    residual_scale: Tensor
 
     def __init__(self, weight_shape: tuple[int, ...], scheme: WeightScheme) -> None:
         super().__init__()
@@ -57,7 +61,9 @@ class WeightQuantizer(nn.Module):
         self.layout = ClusterLayout(tuple(weight_shape), scheme.cluster_size, scheme.layout)
         if scheme.bits != 8:
             self.register_buffer("scale", torch.zeros(self.layout.scale_shape))
-        if scheme.bits == 2:
+        if scheme.planes == 2:
+            self.register_buffer("residual_scale", torch.zeros(self.layout.scale_shape))
+        elif scheme.bits == 2:
             self.register_buffer("threshold", torch.full(self.layout.scale_shape, torch.inf))
 
     @torch.no_grad()
@@ -68,7 +74,9 @@ class WeightQuantizer(nn.Module):
             ValueError: the weight holds an infinity or NaN.
         """
         check_finite(weight, name)
-        if self.scheme.bits == 2:
+        if self.scheme.planes == 2:
+            self._keep_planes(solve_two_planes(weight, self.layout, self.scheme.solver))
+        elif self.scheme.bits == 2:
             self._keep(solve_ternary(weight, self.layout, self.scheme.solver))
         elif self.scheme.bits == 4:
             self.scale.copy_(solve_four_bit(weight, self.layout))
@@ -77,20 +85,26 @@ class WeightQuantizer(nn.Module):
     def descend(self, weight: Tensor) -> None:
         """Follows ``weight``, which moved a little: one descent step on the squared error."""
         w_OGNP = self.layout.split(weight.detach().float())
-        if self.scheme.bits == 2:
+        if self.scheme.planes == 2:
+            self._keep_planes(descend_two_planes(w_OGNP, self._plane_scales, self.layout))
+        elif self.scheme.bits == 2:
             self._keep(descend_ternary(w_OGNP, ClusterScales(self.scale, self.threshold), self.layout))
         elif self.scheme.bits == 4:
             self.scale.copy_(descend_four_bit(w_OGNP, self.scale, self.layout))
 
     @torch.no_grad()
     def keep_scale(self, scale: Tensor) -> None:
-        """Takes scales [O, G, 1, 1 or P] that were found elsewhere; a ternary threshold is half the scale."""
+        """Takes scales [O, G, 1, 1 or P] of one plane that were found elsewhere; a ternary threshold is half the scale."""
+        assert self.scheme.planes == 1
         self.scale.copy_(scale)
         if self.scheme.bits == 2:
             self.threshold.copy_(torch.where(self.scale > 0, self.scale / 2, torch.inf))
 
     def codes(self, weight: Tensor) -> Tensor:
-        """Codes of ``weight`` as floating-point integers, same shape: -1 … 1, -7 … 7 or -128 … 127."""
+        """Codes of ``weight`` as floating-point integers, same shape: -1 … 1, -4 … 4 (two planes), -7 … 7 or -128 … 127.
+
+        Of two planes they are 3·t1 + t2, so 0 where both digits are.
+        """
         if self.scheme.bits == 8:
             return eight_bit_codes(weight, solve_eight_bit(weight))
         return self.layout.merge(self._cluster_codes(weight))
@@ -120,7 +134,9 @@ class WeightQuantizer(nn.Module):
                 exponent = torch.maximum(exponent, exponent_floor)
             codes = eight_bit_codes(folded, exponent)
             return FoldedWeights(codes, None, exponent, codes)
-        scale = self.scale.to(wide) if gain is None else self.scale.to(wide) * gain.view(-1, 1, 1, 1)
+        scale = (torch.stack(self._plane_scales) if self.scheme.planes == 2 else self.scale).to(wide)
+        if gain is not None:
+            scale = scale * gain.view(-1, 1, 1, 1)
         exponent = channel_exponents(scale, self.scheme.bits, exponent_floor)
         mantissa = mantissas(scale, exponent, self.scheme.bits)
         codes = self._cluster_codes(weight)
@@ -129,7 +145,17 @@ class WeightQuantizer(nn.Module):
 
     def _cluster_codes(self, weight: Tensor) -> Tensor:
         w_OGNP = self.layout.split(weight.detach().float())
+        if self.scheme.planes == 2:
+            return two_plane_codes(w_OGNP, self._plane_scales)
         return ternary_codes(w_OGNP, self.threshold) if self.scheme.bits == 2 else four_bit_codes(w_OGNP, self.scale)
+
+    @property
+    def _plane_scales(self) -> PlaneScales:
+        return PlaneScales(self.scale, self.residual_scale)
+
+    def _keep_planes(self, scales: PlaneScales) -> None:
+        self.scale.copy_(scales.scale)
+        self.residual_scale.copy_(scales.residual)
 
     def _keep(self, scales: ClusterScales) -> None:
         self.scale.copy_(scales.scale)
@@ -139,7 +165,8 @@ class WeightQuantizer(nn.Module):
         if self.scheme.bits == 8:
             return "8 bits, an exponent per output channel"
         clusters = f"{self.layout.clusters} clusters of {self.layout.weights_per_cluster}"
-        return f"{self.scheme.bits} bits, {clusters} ({self.scheme.layout}, {self.scheme.solver})"
+        bits = "2 + 2" if self.scheme.planes == 2 else str(self.scheme.bits)
+        return f"{bits} bits, {clusters} ({self.scheme.layout}, {self.scheme.solver})"
 
 
 def bias_exponent_floor(bias: Tensor, input_exponent: Tensor) -> Tensor:

@@ -34,14 +34,19 @@ def unpack_codes(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
     return (fields.reshape(-1)[: prod(shape)].to(torch.int8) - CODE_OFFSET[bits]).reshape(shape)
 
 
-def packed_layout(bits: int, layout: ClusterLayout) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def stored_bits(bits: int, planes: int = 1) -> int:
+    """Bits of a stored code. Two ternary planes, -4 … 4, take as many as their digits: 2 each."""
+    return bits * planes
+
+
+def packed_layout(bits: int, layout: ClusterLayout, planes: int = 1) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """dtype and shape of each tensor that a packed file holds for one layer; all that its weights and bias need."""
     output_channels = layout.weight_shape[0]
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-        "codes": (torch.uint8, (ceil(prod(layout.weight_shape) * bits / 8),)),
+        "codes": (torch.uint8, (ceil(prod(layout.weight_shape) * stored_bits(bits, planes) / 8),)),
         "exponents": (torch.int8, (output_channels,)),
         "bias": (torch.int32, (output_channels,)),
     }
     if bits != 8:
-        tensors["mantissas"] = (torch.int8, layout.scale_shape)
+        tensors["mantissas"] = (torch.int8, layout.scale_shape if planes == 1 else (planes, *layout.scale_shape))
     return tensors

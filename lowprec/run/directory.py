@@ -217,6 +217,11 @@ def git_commit() -> dict[str, Any]:
 def identity(config: RunConfig) -> dict[str, Any]:
     """The flat keys and values that say what comes out of a run, without those that say where and how it works."""
     content = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(content, dict)
+    weights = content["quant"].get("weights")
+    # Left out where it says nothing, as in runs and searches that are older than planes.
+    if isinstance(weights, dict) and weights.get("planes") == 1:
+        del weights["planes"]
     flat = dict(_leaves(content))
     return {
         key: value

@@ -15,6 +15,7 @@ SCHEMES = [
     WeightScheme(2, 64, solver="twn"),
     WeightScheme(4, 3),
     WeightScheme(4, 4, "element"),
+    WeightScheme(2, 4, planes=2),
     WeightScheme(8),
 ]
 LIMITS = {2: 64, 4: 64, 8: 128}

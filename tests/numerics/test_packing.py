@@ -50,4 +50,10 @@ def test_layout_of_a_layer() -> None:
     }
     assert packed_layout(4, ClusterLayout((6, 10, 3, 3), 4, "element"))["mantissas"] == (torch.int8, (6, 3, 1, 9))
     assert "mantissas" not in packed_layout(8, layout)
+    assert packed_layout(2, layout, planes=2) == {
+        "codes": (torch.uint8, (270,)),
+        "exponents": (torch.int8, (6,)),
+        "bias": (torch.int32, (6,)),
+        "mantissas": (torch.int8, (2, 6, 3, 1, 1)),
+    }
     assert packed_layout(2, ClusterLayout((3, 3), 4, "kernel"))["codes"] == (torch.uint8, (3,))

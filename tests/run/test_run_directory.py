@@ -35,6 +35,17 @@ def test_a_damaged_configuration_is_one_error_and_fresh_is_a_way_out(content: by
     opened(tmp_path, "fresh=true").check_configuration()
 
 
+def test_a_run_from_before_there_were_planes_goes_on(tmp_path: Path) -> None:
+    directory = opened(tmp_path)
+    text = directory.config_file.read_text()
+    assert text.count("    planes: 1\n") == 1
+    directory.config_file.write_text(text.replace("    planes: 1\n", ""))
+    directory.check_configuration()
+    two = compose("experiment=digits_smoke", f"runs_dir={tmp_path}", "run_id=mine", "quant.weights.planes=2")
+    with pytest.raises(ConfigError, match=r"quant\.weights\.planes: nothing there, 2 here"):
+        RunDirectory(two).check_configuration()
+
+
 def test_all_settings_of_another_configuration_are_named(tmp_path: Path) -> None:
     opened(tmp_path, "quant=w2a8_n4")
     other = compose("experiment=digits_smoke", f"runs_dir={tmp_path}", "run_id=mine", "quant=w4a8_n4", "seed=3")

@@ -14,8 +14,9 @@ from lowprec.config import LoggerConfig, OptimConfig, TrainerConfig
 from lowprec.data import create_data
 from lowprec.layers import quantized_layers
 from lowprec.models import create_model
+from lowprec.numerics.effective_codes import planes_of
 from lowprec.prepare import prepare
-from lowprec.recipe import Recipe
+from lowprec.recipe import Recipe, WeightScheme
 from lowprec.training.codes import CodeStatistics, CollapseWarning, sparsity
 from lowprec.training.fit import fit
 from lowprec.training.loggers import close_loggers, create_loggers
@@ -24,6 +25,19 @@ from lowprec.training.module import Classification
 
 def test_sparsity_is_the_share_of_zeros() -> None:
     assert sparsity(torch.tensor([[0, 1], [-1, 0]], dtype=torch.int8)) == 0.5
+
+
+def test_a_weight_of_two_planes_is_zero_where_both_digits_are() -> None:
+    torch.manual_seed(0)
+    model = create_model("cifar_resnet8", in_channels=1, num_classes=10, width=4).eval()
+    qmodel = prepare(model, Recipe(weights=WeightScheme(planes=2)), torch.zeros(2, 1, 8, 8))
+    layers = [layer for _, layer in quantized_layers(qmodel) if layer.scheme.planes == 2]
+    assert layers
+    for layer in layers:
+        codes = layer.weight_codes()
+        first, second = planes_of(codes)
+        assert sparsity(codes) == float(((first == 0) & (second == 0)).float().mean())
+        assert 0 < sparsity(codes) < min(sparsity(first), sparsity(second))
 
 
 def test_every_layer_is_logged_and_a_collapsed_one_is_named(tmp_path: Path) -> None:

@@ -12,18 +12,19 @@ from torch.nn import functional
 
 from lowprec.integer.operators.base import Grid, IntegerOperator
 from lowprec.numerics.clusters import ClusterLayout
-from lowprec.numerics.effective_codes import effective_codes
+from lowprec.numerics.effective_codes import effective_codes, plane_count
 from lowprec.numerics.fixed_point import dequantize, shift_round_half_even
 
 
 class IntegerLayer(IntegerOperator, ABC):
     """Convolution or matrix product of codes: int32 sums of code products, plus an int32 bias, then a shift.
 
-    codes: int8, the weight's shape; mantissas: int8 [O, G, 1, 1 or P], absent for 8-bit weights; exponents: int8 [O];
-    bias: int32 [O] in units of 2^(input exponent + weight exponent). Requantization: shift_round_half_even(sum, output
-    exponent − input exponent − weight exponent), clamped to the output's grid (which is where a ReLU happens). ``six`` is
-    ReLU6's 6 in output codes. shortcut: the grid of a second input, added to the sums before their one requantization (the
-    residual form ``accumulator``). flatten: the result is [B, all the rest], as a convolution's may be that gives logits.
+    codes: int8, the weight's shape; mantissas: int8 [O, G, 1, 1 or P], of two ternary planes [2, O, G, 1, 1 or P], absent for
+    8-bit weights; exponents: int8 [O]; bias: int32 [O] in units of 2^(input exponent + weight exponent). Requantization:
+    shift_round_half_even(sum, output exponent − input exponent − weight exponent), clamped to the output's grid (which is
+    where a ReLU happens). ``six`` is ReLU6's 6 in output codes. shortcut: the grid of a second input, added to the sums before
+    their one requantization (the residual form ``accumulator``). flatten: the result is [B, all the rest], as a convolution's
+    may be that gives logits.
 
     Raises:
         ValueError: the sums of a channel could leave int32, whatever the input: |bias| + Σ|c| · largest input code ≥ 2^31.
@@ -73,6 +74,11 @@ class IntegerLayer(IntegerOperator, ABC):
             return self.codes.to(torch.int32)
         w_OGNP = self.layout.split(self.codes.double())
         return self.layout.merge(effective_codes(w_OGNP, self.mantissas.double(), self.bits)).to(torch.int32)
+
+    @property
+    def planes(self) -> int:
+        """Ternary planes of the weights: 1 or 2; 1 also where they have more bits."""
+        return plane_count(self.mantissas)
 
     @property
     def sum_bound(self) -> int:
