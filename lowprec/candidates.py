@@ -22,8 +22,13 @@ from lowprec.recipe import (
     check_weight_scheme,
 )
 
-# What a rule may change of a layer's scheme, the cheapest first.
-CANDIDATES: tuple[dict[str, Any], ...] = ({"bits": 2}, {"bits": 4}, {"bits": 8})
+# What a rule may change of a layer's scheme, the cheapest first: ternary, with a residual plane (1707.04679), 4 and 8 bits.
+CANDIDATES: tuple[dict[str, Any], ...] = (
+    {"bits": 2, "planes": 1},
+    {"bits": 2, "planes": 2},
+    {"bits": 4, "planes": 1},
+    {"bits": 8, "planes": 1},
+)
 
 
 @dataclass(frozen=True)

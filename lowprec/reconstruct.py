@@ -119,11 +119,17 @@ def fit_weights(layer: QuantizedLayer, inputs: list[Tensor], outputs: list[Tenso
     h_gKK = damped(found.h_gKK, damping)
     quantizer = layer.weight_quantizer
     if layer.scheme.bits == 8:
-        fitted = compensate_steps(target, h_gKK, _eight_bit_steps(layer, target))
-    else:
-        fitted = compensate_clusters(target, h_gKK, quantizer.layout, layer.scheme.bits)
+        layer.weight.copy_(compensate_steps(target, h_gKK, _eight_bit_steps(layer, target)).weight)
+        return
+    fitted = compensate_clusters(target, h_gKK, quantizer.layout, layer.scheme.bits)
+    if layer.scheme.planes == 1:
         quantizer.keep_scale(fitted.scale)
-    layer.weight.copy_(fitted.weight)
+        layer.weight.copy_(fitted.weight)
+        return
+    # The second plane makes up for what the first one lacks.
+    residual = compensate_clusters(target - fitted.weight, h_gKK, quantizer.layout, layer.scheme.bits)
+    quantizer.keep_scale(fitted.scale, residual.scale)
+    layer.weight.copy_(fitted.weight + residual.weight)
 
 
 def _eight_bit_steps(layer: QuantizedLayer, weight: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def test_a_transformer_comes_closer() -> None:
 
 def test_latent_weights_are_the_quantized_ones_and_training_starts_there() -> None:
     model, batch = trained_resnet(), images(30, 32, (3, 16, 16))
-    recipe = Recipe(weights=WeightScheme(2, 4), rules=[Rule("stage2.*", bits=4)])
+    recipe = Recipe(weights=WeightScheme(2, 4), rules=[Rule("stage2.*", bits=4), Rule("stage3.*", planes=2)])
     qmodel = lowprec.prepare(model, recipe, batch[:2])
     before = copy.deepcopy(qmodel.state_dict())
     lowprec.reconstruct(qmodel, [batch])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lowprec.numerics.clusters import ClusterLayout
 from lowprec.numerics.effective_codes import channel_exponents, effective_codes, mantissas
 from lowprec.numerics.fixed_point import dequantize, exponent_for
-from lowprec.numerics.residual_planes import PlaneScales, descend_two_planes, solve_two_planes, two_plane_codes
+from lowprec.numerics.residual_planes import PlaneScales, descend_two_planes, ordered, solve_two_planes, two_plane_codes
 from lowprec.numerics.solvers import (
     ClusterScales,
     check_finite,
@@ -93,9 +93,14 @@ class WeightQuantizer(nn.Module):
             self.scale.copy_(descend_four_bit(w_OGNP, self.scale, self.layout))
 
     @torch.no_grad()
-    def keep_scale(self, scale: Tensor) -> None:
-        """Takes scales [O, G, 1, 1 or P] of one plane that were found elsewhere; a ternary threshold is half the scale."""
-        assert self.scheme.planes == 1
+    def keep_scale(self, scale: Tensor, residual: Tensor | None = None) -> None:
+        """Takes scales [O, G, 1, 1 or P] that were found elsewhere, of the second plane too where there is one.
+
+        A ternary threshold is half the scale.
+        """
+        if residual is not None:
+            self._keep_planes(ordered(scale, residual))
+            return
         self.scale.copy_(scale)
         if self.scheme.bits == 2:
             self.threshold.copy_(torch.where(self.scale > 0, self.scale / 2, torch.inf))

@@ -44,7 +44,7 @@ def solve_two_planes(weight: Tensor, layout: ClusterLayout, solver: str = "exact
     residual = values - ternary_codes(values, first.threshold) * first.scale
     second = solve_ternary(layout.merge(residual), layout, solver)
     rows = layout.rows(values).abs().flatten(1)
-    greedy = _ordered(_rows_of_scales(first.scale), _rows_of_scales(second.scale))
+    greedy = ordered(_rows_of_scales(first.scale), _rows_of_scales(second.scale))
     per_block = max(1, WEIGHTS_PER_BLOCK // rows.shape[1])
     # Clusters as columns: sums over a handful of members are many times quicker along the first axis.
     parts = [
@@ -80,7 +80,7 @@ def _best(w_NC: Tensor, greedy: PlaneScales) -> PlaneScales:
     for scales in (greedy, *(PlaneScales(s1, s1 * ratio) for s1, ratio in others)):
         for _ in range(ROUNDS_OF_STARTS):
             scales, gain = _fit(w_NC, scales, (0,))
-        best = _ordered(*(torch.where(gain > best_gain, new, old) for new, old in zip(scales, best, strict=True)))
+        best = ordered(*(torch.where(gain > best_gain, new, old) for new, old in zip(scales, best, strict=True)))
         best_gain = torch.maximum(gain, best_gain)
     for _ in range(ROUNDS):
         best, _ = _fit(w_NC, best, (0,))
@@ -108,10 +108,11 @@ def _fit(magnitude: Tensor, scales: PlaneScales, axes: tuple[int, ...]) -> tuple
     s1 = torch.where(both, (p * c - q * b) / safe, level)
     s2 = torch.where(both, (q * a - p * b) / safe, 0.0)
     gain = torch.where(both, p * s1 + q * s2, alone * level)
-    return _ordered(s1.abs().to(torch.float32), s2.abs().to(torch.float32)), gain
+    return ordered(s1.abs().to(torch.float32), s2.abs().to(torch.float32)), gain
 
 
-def _ordered(one: Tensor, other: Tensor) -> PlaneScales:
+def ordered(one: Tensor, other: Tensor) -> PlaneScales:
+    """Both scales of each cluster, the larger one first."""
     return PlaneScales(torch.maximum(one, other), torch.minimum(one, other))
 
 
@@ -146,4 +147,4 @@ def _restarted(magnitude: Tensor, scales: PlaneScales, members: Tensor, axes: tu
 
     first = torch.where(scales.scale > 0, scales.scale, mean(magnitude))
     left = (magnitude - first * (magnitude > first / 2)).abs()
-    return _ordered(first, torch.where(scales.residual > 0, scales.residual, mean(left)))
+    return ordered(first, torch.where(scales.residual > 0, scales.residual, mean(left)))
