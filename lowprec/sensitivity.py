@@ -245,7 +245,7 @@ def _layer_rows(qmodel: fx.GraphModule, choices: Choices, judge: _Judge) -> Iter
             layer = qmodel.get_submodule(str(node.target))
             assert isinstance(layer, QuantizedLayer)
             inputs = [values[index][node.args[0]] for index in range(len(judge.unlabelled))]
-            reference = statistics_of(layer.before_norm(batch) for batch in inputs)
+            reference = statistics_of(layer, map(layer.before_norm, inputs))
             for option in choices.options[str(node.target)]:
                 with quantized_alone(layer, option, reference, inputs):
                     error = judge.error([suffixes.output(node, held) for held in values])
