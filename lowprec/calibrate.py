@@ -72,9 +72,9 @@ class _CalibrationWalk(Walk):
         super().__init__(qmodel)
         self.reference = reference
 
-    def adapt(self, name: str, layer: QuantizedLayer, inputs: list[Tensor]) -> None:
-        if name in self.reference:
-            correct_norm(layer, self.reference[name], inputs)
+    def adapt(self, node: fx.Node, layer: QuantizedLayer, inputs: list[Tensor]) -> None:
+        if str(node.target) in self.reference:
+            correct_norm(layer, self.reference[str(node.target)], inputs)
 
 
 def _reference_statistics(qmodel: fx.GraphModule, images: list[Tensor]) -> dict[str, ChannelStatistics]:

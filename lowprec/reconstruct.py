@@ -19,7 +19,7 @@ from lowprec.calibrate import calibration_images, is_calibrated
 from lowprec.calibration.moments import moments
 from lowprec.calibration.statistics import correct_mean, statistics_of
 from lowprec.calibration.walk import Walk, attribute
-from lowprec.layers import QuantizedBatchNorm2d, QuantizedLayer
+from lowprec.layers import QuantizedAdd, QuantizedBatchNorm2d, QuantizedLayer
 from lowprec.numerics.compensation import compensate_clusters, compensate_steps, damped, ridge_target
 from lowprec.numerics.fixed_point import power_of_two
 from lowprec.numerics.solvers import solve_eight_bit
@@ -68,16 +68,16 @@ class _ReconstructionWalk(Walk):
         self.wanted: dict[fx.Node, list[Any]] = {}
         # What the layer at hand gives in full precision before its batch norm, batch by batch.
         self.outputs: list[Tensor] = []
-        self.last_use = {used: node for node in qmodel.graph.nodes for used in node.all_input_nodes}
 
     def enter(self, node: fx.Node, images: list[Tensor]) -> None:
         if node.op == "output":
             return
         with full_precision(self.original):
             self.wanted[node] = images if node.op == "placeholder" else self._computed(node, len(images))
-        for used in node.all_input_nodes:
-            if self.last_use[used] is node:
-                del self.wanted[used]
+
+    def forget(self, node: fx.Node) -> None:
+        super().forget(node)
+        self.wanted.pop(node, None)
 
     def _computed(self, node: fx.Node, count: int) -> list[Any]:
         if node.op == "get_attr":
@@ -97,16 +97,44 @@ class _ReconstructionWalk(Walk):
     def _arguments(self, node: fx.Node, batch: int) -> Any:
         return fx.map_arg((node.args, node.kwargs), lambda used: self.wanted[used][batch])
 
-    def adapt(self, name: str, layer: QuantizedLayer, inputs: list[Tensor]) -> None:
-        reference = statistics_of(layer, self.outputs)
+    def adapt(self, node: fx.Node, layer: QuantizedLayer, inputs: list[Tensor]) -> None:
+        outputs = self._with_errors_of_shortcut(node, layer)
         if not isinstance(layer, QuantizedBatchNorm2d):
-            if layer.scheme.planes == 2:
-                log.info("%s: two ternary planes, kept as solved", name)
-            elif layer.weight[0].numel() <= LARGEST_INPUTS:
-                fit_weights(layer, inputs, self.outputs)
+            if layer.weight[0].numel() <= LARGEST_INPUTS:
+                fit_weights(layer, inputs, outputs)
             else:
-                log.info("%s: %d inputs, kept as solved", name, layer.weight[0].numel())
-        correct_mean(layer, reference, inputs)
+                log.info("%s: %d inputs, kept as solved", node.target, layer.weight[0].numel())
+        correct_mean(layer, statistics_of(layer, outputs), inputs)
+
+    def _with_errors_of_shortcut(self, node: fx.Node, layer: QuantizedLayer) -> list[Tensor]:
+        """The outputs to fit: those of full precision, less what the other operand of the sum that follows has too much.
+
+        A branch sees what its shortcut sees, so it can take back part of the shortcut's error, which would else add up from
+        block to block.
+        """
+        shortcut = _shortcut(node, layer, self.qmodel)
+        if shortcut is None or shortcut not in self.values:  # or it is computed later, and makes up for this one
+            return self.outputs
+        gain = layer.gain().to(self.outputs[0].dtype)
+        inverse = torch.where(gain == 0, 0.0, 1 / torch.where(gain == 0, 1.0, gain))
+        inverse = inverse.view(-1, *[1] * (layer.weight.dim() - 2))
+        return [
+            output + (self.wanted[shortcut][batch] - self.quantized(shortcut, batch)) * inverse
+            for batch, output in enumerate(self.outputs)
+        ]
+
+
+def _shortcut(node: fx.Node, layer: QuantizedLayer, qmodel: fx.GraphModule) -> fx.Node | None:
+    """The tensor that a layer's output is added to, within the layer or as all that is done with it."""
+    if len(node.all_input_nodes) > 1:
+        return node.all_input_nodes[1]
+    users = list(node.users)
+    if layer.activation or len(users) != 1 or users[0].op != "call_module":
+        return None
+    if not isinstance(qmodel.get_submodule(str(users[0].target)), QuantizedAdd):
+        return None
+    others = [other for other in users[0].all_input_nodes if other is not node]
+    return others[0] if len(others) == 1 else None
 
 
 def fit_weights(layer: QuantizedLayer, inputs: list[Tensor], outputs: list[Tensor]) -> None:

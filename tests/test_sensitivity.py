@@ -59,7 +59,7 @@ def compare_suffixes(model: nn.Module, recipe: Recipe, batch: Tensor) -> None:
             layer = qmodel.get_submodule(str(node.target)) if node.op == "call_module" else None
             if isinstance(layer, QuantizedLayer) and str(node.target) in choices.options:
                 inputs = [values[node.args[0]]]
-                reference = statistics_of(map(layer.before_norm, inputs))
+                reference = statistics_of(layer, map(layer.before_norm, inputs))
                 for option in choices.options[str(node.target)]:
                     with quantized_alone(layer, option, reference, inputs):
                         assert torch.equal(suffixes.output(node, values), qmodel(batch))

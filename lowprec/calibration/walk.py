@@ -34,8 +34,16 @@ class Walk:
     def enter(self, node: fx.Node, images: list[Tensor]) -> None:
         """What is done at each node before its tensor is computed."""
 
-    def adapt(self, name: str, layer: QuantizedLayer, inputs: list[Tensor]) -> None:
+    def adapt(self, node: fx.Node, layer: QuantizedLayer, inputs: list[Tensor]) -> None:
         """What is done to a layer, given its inputs batch by batch, before its output is."""
+
+    def forget(self, node: fx.Node) -> None:
+        """What is done with a tensor that no later node uses."""
+        self.values.pop(node, None)
+
+    def quantized(self, node: fx.Node, batch: int) -> Tensor:
+        """The quantized network's tensor at a node that has been passed and will still be used."""
+        return _unpacked(self.values[node][batch])
 
     def run(self, images: list[Tensor]) -> None:
         """Chooses the exponents of all tensors, in the order of the graph."""
@@ -47,16 +55,17 @@ class Walk:
             elif node.op == "call_module":
                 # Its arguments, not all_input_nodes: that names a tensor once that is added to itself.
                 inputs = [self.values[used] for used in node.args if isinstance(used, fx.Node)]
-                self.values[node] = self._visit(str(node.target), inputs)
+                self.values[node] = self._visit(node, inputs)
             elif node.op == "get_attr":
                 self.values[node] = [attribute(self.qmodel, str(node.target))] * len(images)
             elif node.op in ("call_function", "call_method"):
                 self.values[node] = [self._move(node, index) for index in range(len(images))]
             for used in node.all_input_nodes:
                 if last_use[used] is node:
-                    self.values.pop(used, None)
+                    self.forget(used)
 
-    def _visit(self, name: str, inputs: list[list[Any]]) -> list[Any]:
+    def _visit(self, node: fx.Node, inputs: list[list[Any]]) -> list[Any]:
+        name = str(node.target)
         module = self.qmodel.get_submodule(name)
         batches = list(zip(*inputs, strict=True))
         if isinstance(module, ActivationQuantizer):
@@ -66,7 +75,7 @@ class Walk:
                 return [_coded(quantize(value, module.exponent, module.codes), module) for value in values]
             return self._quantized(name, module, values)
         if isinstance(module, QuantizedLayer):
-            self.adapt(name, module, [_unpacked(batch[0]) for batch in batches])
+            self.adapt(node, module, [_unpacked(batch[0]) for batch in batches])
         if getattr(module, "quantizer", None) is None:
             # No quantizer of its own: it hands on the grid of its input, or its output is the network's.
             results = [module(*map(_unpacked, batch)) for batch in batches]
