@@ -84,7 +84,7 @@ def load(path: str | Path) -> IntegerModel:
         ) from error
     if metadata.get("format") != FORMAT or GRAPH not in tensors:
         raise PackedFileError(f"{path} is a safetensors file, but no packed model of lowprec.save")
-    if metadata.get("version") not in [str(version) for version in VERSIONS]:
+    if metadata.get("version") not in {str(known) for known in VERSIONS}:
         version = metadata.get("version", "")
         later = version.isdecimal() and int(version) > max(VERSIONS)
         advice = "update lowprec" if later else "export it again"
