@@ -20,6 +20,7 @@ difference to the control's of the same seed (mean ± standard deviation over se
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import fnmatch
 import math
@@ -128,8 +129,7 @@ class Seed:
             seconds = time.monotonic() - started
         validation = top1(quantized.model, data.val_dataloader())
         print(
-            f"{candidate.name}, distillation {distillation:g}, seed {config.seed}, rate {rate:g}: "
-            f"validation {validation:.2%}, {seconds:.0f} s",
+            f"  seed {config.seed}, rate {rate:g}: validation {validation:.2%}, {seconds:.0f} s",
             file=sys.stderr,
             flush=True,
         )
@@ -186,9 +186,11 @@ def compare(
     lines: dict[str, Line] = {}
     failed: dict[str, str] = {}
     for candidate in (CONTROL, *candidates):
+        print(f"distillation {distillation:g}: {candidate.name}", file=sys.stderr, flush=True)
         # Quantizers fail in their own ways, none of which may end the others' measurement.
         try:
-            lines[candidate.name] = study(candidate, seeds, rates, distillation)
+            with contextlib.redirect_stdout(sys.stderr):  # they talk
+                lines[candidate.name] = study(candidate, seeds, rates, distillation)
         except ModuleNotFoundError as error:
             failed[candidate.name] = f'pip install "lowprec[peers]" ({error})'
         except Exception as error:

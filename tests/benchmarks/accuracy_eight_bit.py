@@ -6,6 +6,7 @@ Both quantize the operands of residual adds. NNCF's model is judged as fake-quan
 from __future__ import annotations
 
 import copy
+import re
 
 import torch
 from accuracy_peer import Candidate, Quantized, Start, bits_per_weight, weighted_layers
@@ -29,11 +30,14 @@ def nncf_model(start: Start) -> Quantized:
         RuntimeError: NNCF left a layer's weights as they were.
     """
     import nncf
+    from nncf.torch.quantization.layers import BaseQuantizer
 
     batches = nncf.Dataset(start.calibration)
     model = nncf.quantize(copy.deepcopy(start.model), batches, subset_size=len(start.calibration))
     layers = len(weighted_layers(start.model))
-    found = sum("weight" in name and name.endswith(".scale") for name, _ in model.named_parameters())
+    # Their second operand is the weight: "stage1/0/conv1/conv2d/0__1.0".
+    quantizers = [name for name, module in model.named_modules() if isinstance(module, BaseQuantizer)]
+    found = sum(re.search(r"/(conv2d|linear)/\d+__1\.0$", name) is not None for name in quantizers)
     if found != layers:
         raise RuntimeError(f"NNCF quantized the weights of {found} of {layers} layers")
     return Quantized(model, _by_channel(start.model))

@@ -102,9 +102,11 @@ def rounded(
     if not layers:
         raise ValueError(f"{type(model).__name__} has no nn.Conv2d or nn.Linear to quantize")
     users = [node for node in traced.graph.nodes if node in layers or kind(node) in (*_ADDS, *_POOLS)]
-    for producer in dict.fromkeys(source for node in users for source in node.all_input_nodes):
+    # All known before the first quantizer stands between the tensors.
+    signed = {source: not non_negative(source) for node in users for source in node.all_input_nodes}
+    for producer, negative in signed.items():
         name = f"{producer.name}_quantizer"
-        traced.add_submodule(name, activation(not non_negative(producer)))
+        traced.add_submodule(name, activation(negative))
         with traced.graph.inserting_after(producer):
             quantizer = traced.graph.call_module(name, (producer,))
         for user in [user for user in producer.users if user in users]:
