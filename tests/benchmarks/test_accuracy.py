@@ -19,7 +19,7 @@ from lowprec.training.checkpoints import TrainingDiverged
 
 # Two steps of fine-tuning, from a checkpoint that is not worth more.
 QUICK = [
-    *("experiment=digits_smoke", "baseline.max_epochs=1", "trainer.max_epochs=1"),
+    *("experiment=digits_smoke", "baseline.max_epochs=2", "trainer.max_epochs=1"),
     *("calibration.images=64", "data.limit_test=100", "--limit-train", "140"),
 ]
 PACKAGES = {"Brevitas": "brevitas", "NNCF": "nncf", "torchao": "torchao"}
@@ -32,6 +32,7 @@ def seed(tmp_path_factory: pytest.TempPathFactory) -> accuracy.Seed:
     return accuracy.Seed([*QUICK[:5], f"runs_dir={runs}"], seed=0, limit_train=140)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("candidate", [accuracy.CONTROL, *accuracy.CANDIDATES], ids=lambda candidate: candidate.name)
 def test_every_candidate_trains(candidate: Candidate, seed: accuracy.Seed) -> None:
     package = PACKAGES.get(candidate.name.partition(",")[0])
