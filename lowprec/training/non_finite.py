@@ -175,7 +175,8 @@ class NonFiniteGuard(Callback):
     def _check_state(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """A finite gradient, too, can make weights infinite. Waits for the device; for before validation and checkpoints."""
         self._check_gradients(trainer)
-        named = list(pl_module.named_parameters())
+        # Others' quantizers keep integers among their parameters, which have no norm and are always finite.
+        named = [(name, value) for name, value in pl_module.named_parameters() if value.is_floating_point()]
         largest = torch._foreach_norm([parameter.detach() for _, parameter in named], math.inf)
         values = Reading(torch.stack([value.float() for value in largest])).values()
         bad = [name for (name, _), value in zip(named, values, strict=True) if not math.isfinite(value)]

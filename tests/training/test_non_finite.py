@@ -220,3 +220,11 @@ def test_a_divergence_is_an_alert(tmp_path: Path) -> None:
     close_loggers(loggers)
     alerts = [record.alert for record in wandb_records(tmp_path) if record.HasField("alert")]
     assert [(found.title, found.text) for found in alerts] == [("training diverged", str(raised.value))]
+
+
+def test_integer_parameters_are_passed_over(tmp_path: Path) -> None:
+    """Others' quantizers, NNCF's for one, have them: a number of bits, for instance."""
+    module = tiny_module()
+    module.model.register_parameter("bits", torch.nn.Parameter(torch.tensor([8]), requires_grad=False))
+    train(module, tmp_path, [NonFiniteGuard(tmp_path / LAST, 50)])
+    assert module.model.get_parameter("bits").tolist() == [8]
