@@ -19,7 +19,7 @@ from lowprec.calibrate import calibration_images, is_calibrated
 from lowprec.calibration.moments import moments
 from lowprec.calibration.statistics import correct_mean, statistics_of
 from lowprec.calibration.walk import Walk, attribute
-from lowprec.layers import QuantizedAdd, QuantizedBatchNorm2d, QuantizedLayer
+from lowprec.layers import QuantizedBatchNorm2d, QuantizedLayer
 from lowprec.numerics.compensation import compensate_clusters, compensate_steps, damped, ridge_target
 from lowprec.numerics.fixed_point import power_of_two
 from lowprec.numerics.solvers import solve_eight_bit
@@ -40,8 +40,8 @@ def reconstruct(qmodel: fx.GraphModule, batches: Iterable[Any]) -> None:
 
     Instead of :func:`lowprec.calibrate`, and takes the same batches: labels are not needed. Codes and scales are those of
     :mod:`lowprec.numerics.compensation`; latent weights become the quantized ones, so fine-tuning starts from these. Batch norms
-    keep their variances, which the fit makes up for; means, and biases of layers without batch norm, are corrected. Layers of
-    two ternary planes keep the solver's codes and scales.
+    keep their variances, which the fit makes up for; means, and biases of layers without batch norm, are corrected. A second
+    ternary plane is fitted to what the first one lacks.
 
     Raises:
         TypeError: a model that is not prepared, or batches that hold no float32 images.
@@ -98,43 +98,12 @@ class _ReconstructionWalk(Walk):
         return fx.map_arg((node.args, node.kwargs), lambda used: self.wanted[used][batch])
 
     def adapt(self, node: fx.Node, layer: QuantizedLayer, inputs: list[Tensor]) -> None:
-        outputs = self._with_errors_of_shortcut(node, layer)
         if not isinstance(layer, QuantizedBatchNorm2d):
             if layer.weight[0].numel() <= LARGEST_INPUTS:
-                fit_weights(layer, inputs, outputs)
+                fit_weights(layer, inputs, self.outputs)
             else:
                 log.info("%s: %d inputs, kept as solved", node.target, layer.weight[0].numel())
-        correct_mean(layer, statistics_of(layer, outputs), inputs)
-
-    def _with_errors_of_shortcut(self, node: fx.Node, layer: QuantizedLayer) -> list[Tensor]:
-        """The outputs to fit: those of full precision, less what the other operand of the sum that follows has too much.
-
-        A branch sees what its shortcut sees, so it can take back part of the shortcut's error, which would else add up from
-        block to block.
-        """
-        shortcut = _shortcut(node, layer, self.qmodel)
-        if shortcut is None or shortcut not in self.values:  # or it is computed later, and makes up for this one
-            return self.outputs
-        gain = layer.gain().to(self.outputs[0].dtype)
-        inverse = torch.where(gain == 0, 0.0, 1 / torch.where(gain == 0, 1.0, gain))
-        inverse = inverse.view(-1, *[1] * (layer.weight.dim() - 2))
-        return [
-            output + (self.wanted[shortcut][batch] - self.quantized(shortcut, batch)) * inverse
-            for batch, output in enumerate(self.outputs)
-        ]
-
-
-def _shortcut(node: fx.Node, layer: QuantizedLayer, qmodel: fx.GraphModule) -> fx.Node | None:
-    """The tensor that a layer's output is added to, within the layer or as all that is done with it."""
-    if len(node.all_input_nodes) > 1:
-        return node.all_input_nodes[1]
-    users = list(node.users)
-    if layer.activation or len(users) != 1 or users[0].op != "call_module":
-        return None
-    if not isinstance(qmodel.get_submodule(str(users[0].target)), QuantizedAdd):
-        return None
-    others = [other for other in users[0].all_input_nodes if other is not node]
-    return others[0] if len(others) == 1 else None
+        correct_mean(layer, statistics_of(layer, self.outputs), inputs)
 
 
 def fit_weights(layer: QuantizedLayer, inputs: list[Tensor], outputs: list[Tensor]) -> None:

@@ -41,10 +41,6 @@ class Walk:
         """What is done with a tensor that no later node uses."""
         self.values.pop(node, None)
 
-    def quantized(self, node: fx.Node, batch: int) -> Tensor:
-        """The quantized network's tensor at a node that has been passed and will still be used."""
-        return _unpacked(self.values[node][batch])
-
     def run(self, images: list[Tensor]) -> None:
         """Chooses the exponents of all tensors, in the order of the graph."""
         last_use = {used: node for node in self.qmodel.graph.nodes for used in node.all_input_nodes}

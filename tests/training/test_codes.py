@@ -29,7 +29,7 @@ def test_sparsity_is_the_share_of_zeros() -> None:
 
 def test_a_weight_of_two_planes_is_zero_where_both_digits_are() -> None:
     torch.manual_seed(0)
-    model = create_model("cifar_resnet8", in_channels=1, num_classes=10, width=4).eval()
+    model = create_model("cifar_resnet8", in_channels=1, num_classes=10, width=8).eval()
     qmodel = prepare(model, Recipe(weights=WeightScheme(planes=2)), torch.zeros(2, 1, 8, 8))
     layers = [layer for _, layer in quantized_layers(qmodel) if layer.scheme.planes == 2]
     assert layers
@@ -43,7 +43,7 @@ def test_a_weight_of_two_planes_is_zero_where_both_digits_are() -> None:
 def test_every_layer_is_logged_and_a_collapsed_one_is_named(tmp_path: Path) -> None:
     torch.manual_seed(0)
     data = create_data("digits", limit_train=128)
-    model = create_model("cifar_resnet8", in_channels=1, num_classes=10, width=4).eval()
+    model = create_model("cifar_resnet8", in_channels=1, num_classes=10, width=8).eval()
     qmodel = prepare(model, Recipe.load("w2a8_n4"), torch.zeros(2, *data.input_size))
     calibrate(qmodel, data.calibration_batches(64))
     layers = dict(quantized_layers(qmodel))

@@ -37,7 +37,7 @@ def data() -> DataModule:
 
 def fake_quant_model(data: DataModule) -> nn.Module:
     torch.manual_seed(0)
-    model = create_model("cifar_resnet8", in_channels=1, num_classes=10, width=4).eval()
+    model = create_model("cifar_resnet8", in_channels=1, num_classes=10, width=8).eval()
     qmodel = prepare(model, Recipe.load("w2a8_n4"), torch.zeros(2, *data.input_size))
     calibrate(qmodel, data.calibration_batches(64))
     return qmodel
@@ -198,7 +198,7 @@ def test_the_model_ends_with_its_best_weights_by_validation(data: DataModule, tm
 
 
 def test_a_teacher_is_neither_trained_nor_kept(data: DataModule, tmp_path: Path) -> None:
-    teacher = create_model("cifar_resnet8", in_channels=1, num_classes=10, width=4)
+    teacher = create_model("cifar_resnet8", in_channels=1, num_classes=10, width=8)
     before = state(teacher)
     train(fake_quant_model(data), data, tmp_path, teacher=teacher)
     assert_equal_states(state(teacher), before)
@@ -263,7 +263,7 @@ def test_a_compiled_training_step_is_the_plain_one(data: DataModule) -> None:
 
 
 def test_a_diverged_training_stops_and_keeps_what_was_good(data: DataModule, tmp_path: Path) -> None:
-    model = create_model("cifar_resnet8", in_channels=1, num_classes=10, width=4)
+    model = create_model("cifar_resnet8", in_channels=1, num_classes=10, width=8)
     with pytest.raises(TrainingDiverged, match=r"training diverged at step \d+ \(epoch 2\): the loss is nan"):
         train(model, data, tmp_path, callbacks=[Poison()])
     assert checkpoint_metadata(tmp_path / BEST)["epoch"] == "1"

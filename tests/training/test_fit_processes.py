@@ -36,7 +36,7 @@ def digits(batch_size: int) -> DataModule:
 
 def network(data: DataModule, quantized: bool) -> nn.Module:
     torch.manual_seed(0)
-    model = create_model("cifar_resnet8", in_channels=1, num_classes=10, width=4).eval()
+    model = create_model("cifar_resnet8", in_channels=1, num_classes=10, width=8).eval()
     if not quantized:
         return model
     qmodel = prepare(model, Recipe.load("w2a8_n4"), torch.zeros(2, *data.input_size))
