@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import lowprec
 from lowprec.calibrate import calibrate
 from lowprec.calibration.statistics import statistics_of
-from lowprec.candidates import scheme_choices
+from lowprec.candidates import CANDIDATES, scheme_choices
 from lowprec.layers import QuantizedLayer
 from lowprec.models.cifar_resnet import CifarResNet
 from lowprec.prepare import full_precision, prepare
@@ -66,7 +66,7 @@ def compare_suffixes(model: nn.Module, recipe: Recipe, batch: Tensor) -> None:
                         compared += 1
             suffixes.step(node, values)
         assert torch.equal(values[suffixes.nodes[-1]], qmodel(batch))
-    assert compared == 3 * len(choices.options)
+    assert compared == len(CANDIDATES) * len(choices.options)
     after = qmodel.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -116,11 +116,12 @@ def test_the_figures_are_those_of_an_independent_computation(found: lowprec.Sens
 def test_more_bits_hurt_less_and_the_ranking_is_sorted(found: lowprec.Sensitivity) -> None:
     ranking = [row.error.mean_squared_error for row in found.ranking()]
     assert ranking == sorted(ranking, reverse=True)
-    noise = {(row.option.layer, row.option.scheme.bits): row.error.mean_squared_error for row in found.rows}
+    noise = {(row.option.layer, row.option.label): row.error.mean_squared_error for row in found.rows}
     layers = list(found.choices.options)
-    assert len(found.rows) == len(noise) == 3 * len(layers)
+    assert len(found.rows) == len(noise) == len(CANDIDATES) * len(layers)
     for layer in layers:
-        assert noise[layer, 8] < noise[layer, 4] < noise[layer, 2]
+        assert noise[layer, "8-bit"] < noise[layer, "4-bit"] < noise[layer, "2-bit"]
+        assert noise[layer, "2-bit planes=2"] < noise[layer, "2-bit"]
     assert all(row.error.kl_divergence > 0 for row in found.rows)
     assert found.activations.signal_to_noise > 15
 

@@ -1,12 +1,13 @@
 """What choices in fine-tuning are worth, on a part of Fashion-MNIST, several seeds, each with its full-precision baseline.
 
-    python tests/benchmarks/fine_tuning.py [updates] [distillation] [classifier]
+    python tests/benchmarks/fine_tuning.py [updates] [distillation] [classifier] [reconstruction]
 
 The baseline of each seed is trained first and kept in runs/baselines.
 
 updates: how scales follow the weights – one descent step a training step, or a full re-solve every k steps. distillation:
-from the full-precision model's logits, at several weights. classifier: ternary or 8-bit. Prints validation top-1 (mean over
-seeds), its difference to the study's first line (mean ± standard deviation over seeds) and the ratio of training times.
+from the full-precision model's logits, at several weights. classifier: ternary or 8-bit. reconstruction: weights as solved, or
+fitted to full-precision outputs, and learning rates from there. Prints validation top-1 before and after fine-tuning (means over
+seeds), both differences to the study's first line (mean ± standard deviation over seeds) and the ratio of training times.
 """
 
 from __future__ import annotations
@@ -76,6 +77,11 @@ STUDIES: dict[str, list[Variant]] = {
         Variant("ternary classifier", ("quant.rules=[]",)),
         Variant("8-bit classifier"),
     ],
+    "reconstruction": [
+        Variant("weights as solved", ("calibration.reconstruct=false",)),
+        Variant("reconstructed"),
+        Variant("reconstructed, rate 0.01", ("optim.learning_rate=0.01",)),
+    ],
 }
 
 
@@ -90,8 +96,8 @@ def following(follow: Follow) -> Iterator[None]:
         WeightQuantizer.descend = original  # type: ignore[method-assign]
 
 
-def fine_tune(variant: Variant, recipe: str, seed: int) -> tuple[float, float]:
-    """Validation top-1 after fine-tuning a variant, and seconds of training."""
+def fine_tune(variant: Variant, recipe: str, seed: int) -> tuple[float, float, float]:
+    """Validation top-1 before and after fine-tuning a variant, and seconds of training."""
     overrides = ["experiment=fashion_mnist_w2a8_n4", f"quant={recipe}", "trainer.progress=none", *variant.overrides]
     config = compose_run(overrides, CONFIGS)
     console = Console(quiet=True)
@@ -102,7 +108,9 @@ def fine_tune(variant: Variant, recipe: str, seed: int) -> tuple[float, float]:
     data = run_data(config)
     seed_everything(seed, verbose=False)
     qmodel = lowprec.prepare(baseline, config.recipe, torch.zeros(2, *data.input_size))
-    lowprec.calibrate(qmodel, data.calibration_batches(config.calibration.images))
+    adapt = lowprec.reconstruct if config.calibration.reconstruct else lowprec.calibrate
+    adapt(qmodel, data.calibration_batches(config.calibration.images))
+    before = top1(qmodel, data.val_dataloader())
     module = Classification(
         qmodel,
         config.optim,
@@ -114,7 +122,7 @@ def fine_tune(variant: Variant, recipe: str, seed: int) -> tuple[float, float]:
         started = time.monotonic()
         fit(module, data, folder=Path(folder), max_epochs=EPOCHS, settings=config.trainer, title="", console=console)
         seconds = time.monotonic() - started
-    return top1(qmodel, data.val_dataloader()), seconds
+    return before, top1(qmodel, data.val_dataloader()), seconds
 
 
 def main(studies: list[str]) -> None:
@@ -124,12 +132,16 @@ def main(studies: list[str]) -> None:
             runs = {variant.name: [fine_tune(variant, recipe, seed) for seed in SEEDS] for variant in STUDIES[study]}
             reference = runs[STUDIES[study][0].name]
             for name, results in runs.items():
-                mean = statistics.mean(accuracy for accuracy, _ in results)
-                pairs = list(zip(results, reference, strict=True))
-                points = [100 * (mine[0] - other[0]) for mine, other in pairs]
-                ratio = statistics.median(mine[1] / other[1] for mine, other in pairs)
-                difference = f"{statistics.mean(points):+.2f} ± {statistics.stdev(points):.2f} points"
-                print(f"  {name:26} {mean:7.2%}   {difference}   time {ratio:.2f}x", flush=True)
+                columns = [_against(results, reference, index) for index in (0, 1)]
+                ratio = statistics.median(mine[2] / other[2] for mine, other in zip(results, reference, strict=True))
+                print(f"  {name:26} before {columns[0]}   after {columns[1]}   time {ratio:.2f}x", flush=True)
+
+
+def _against(results: list[tuple[float, float, float]], reference: list[tuple[float, float, float]], index: int) -> str:
+    """The mean of one figure, and its difference in points: mean ± standard deviation over the seeds, paired."""
+    mean = statistics.mean(result[index] for result in results)
+    points = [100 * (mine[index] - other[index]) for mine, other in zip(results, reference, strict=True)]
+    return f"{mean:7.2%} ({statistics.mean(points):+.2f} ± {statistics.stdev(points):.2f})"
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import FinishedRun, compose
 
+from lowprec.candidates import CANDIDATES
 from lowprec.config import ConfigError
 from lowprec.integer.packed import load
 from lowprec.recipe import Recipe
@@ -33,7 +34,7 @@ def test_each_layer_of_a_finished_run(
     folder = runs / "digits_smoke"
     assert found == json.loads((folder / "sensitivity.json").read_text())
     rows = list(csv.DictReader((folder / "sensitivity.csv").open(newline="")))
-    assert len(rows) == len(found["rows"]) == 3 * 10
+    assert len(rows) == len(found["rows"]) == len(CANDIDATES) * 10
     assert (found["images"], found["labelled_images"], found["fixed"]) == (128, 40, ["conv1"])
     assert "full-precision baseline: " in output
     assert "none yet" not in output
