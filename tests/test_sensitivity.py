@@ -85,9 +85,10 @@ def test_the_figures_are_those_of_an_independent_computation(found: lowprec.Sens
         conv, norm = model.stage2[0].conv2, model.stage2[0].bn2
         expected = torch.cat([model(batch) for batch in BATCHES]).double()
         inputs: list[Tensor] = []
-        conv.register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
+        hook = conv.register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
         for batch in BATCHES:
             model(batch)
+        hook.remove()
         twin = small_resnet()
         qmodel = prepare(twin, Recipe(rules=[Rule("*", bits=8)]), BATCHES[0])
         layer = qmodel.get_submodule("stage2.0.conv2")

@@ -3,8 +3,8 @@
     python tests/benchmarks/post_training.py [OVERRIDE …]
 
 The overrides are train.py's, for the model, its baseline (trained first where it is not there yet, kept in runs/baselines)
-and the data; the default is the ResNet-8 of the default run. Each recipe once as it is and once with an 8-bit classifier. Prints points
-of test top-1 lost against full precision, and seconds. On the machine's processor, with as many images as calibration.images.
+and the data; the default is the ResNet-8 of the default run. Each recipe once as it is and once with an 8-bit classifier.
+Prints points of test top-1 lost against full precision, and seconds. Calibration takes calibration.images.
 
     python tests/benchmarks/post_training.py model=cifar_resnet20 model.arguments.stem_stride=2 baseline.max_epochs=45
     python tests/benchmarks/post_training.py 'model.arguments={width: 8, stem_stride: 2}' baseline.max_epochs=16
