@@ -76,12 +76,12 @@ def report_sweep(folder: Path) -> None:
     console.print(trials_table(records, f"{folder.name}: {len(records)} trials, the best in validation first"))
     for record in records:
         if record.error:
-            console.print(f"{record.number} {record.status}: {record.error}")
+            console.print(f"{record.number} {record.status}: {record.error}", markup=False)
     if records[0].status == "finished":
         console.print(f"the best is {records[0].run}")
     console.print(f"the table is {folder / 'trials.csv'}")
     if records[0].status == "finished":
-        console.print(_draw(records, folder))
+        console.print(_draw(records, folder), markup=False)
 
 
 def sweep_records(folder: Path) -> list[TrialRecord]:
