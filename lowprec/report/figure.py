@@ -5,6 +5,7 @@ Needs matplotlib (``pip install 'lowprec[sweep]'``); a sweep goes without it, so
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,8 @@ def sweep_figure(records: Sequence[TrialRecord], title: str) -> Figure | None:
     rows = _grouped(finished, [_RECONSTRUCT] if _RECONSTRUCT in recipe else [])
     axes_of_x = 2 if any(_cluster_size(record) for record in finished) else 1
     figure = Figure(figsize=(5 * axes_of_x + 3, 3.6 * len(rows) + 0.6), layout="constrained")
-    figure.suptitle(title, wrap=True)
+    # matplotlib wraps at spaces alone, and a sweep's name has none.
+    figure.suptitle(textwrap.fill(title, int(9 * figure.get_figwidth())))
     panels = figure.subplots(len(rows), axes_of_x, squeeze=False, sharey=True, sharex="col")
     for row, members in zip(panels, rows, strict=True):
         _draw_row(row, members, recipe)

@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import matplotlib.image
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from lowprec.report.figure import sweep_figure, write_figure
@@ -113,6 +114,18 @@ def test_the_legend_names_each_line_once_and_what_is_hollow() -> None:
 
 def test_cluster_sizes_are_the_ticks() -> None:
     assert list(drawn(study()).axes[1].get_xticks()) == [4, 64]
+
+
+def test_a_long_title_is_inside_the_figure() -> None:
+    title = (
+        "digits_smoke-baseline.max_epochs_3-calibration.images_16-data.limit_test_100-data.limit_train_400-qu-be9425c8"
+    )
+    figure = drawn([record(0, {})], title)
+    assert figure.get_suptitle().replace("\n", "") == title
+    FigureCanvasAgg(figure).draw()
+    (text,) = figure.texts
+    box = text.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
 
 
 def test_only_finished_trials_are_drawn() -> None:
