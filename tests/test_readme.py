@@ -30,6 +30,11 @@ SHORTER = {
         *("hydra.sweeper.n_trials=1", "data.limit_train=600", "data.limit_test=200"),
         *("baseline.max_epochs=2", "trainer.max_epochs=1"),
     ],
+    "hparams_search=mission_study": [
+        *("quant.weights.cluster_size=4", "quant.weights.layout=kernel", "quant.weights.solver=exact"),
+        *("data.limit_train=600", "data.limit_test=200", "calibration.images=16"),
+        *("baseline.max_epochs=2", "trainer.max_epochs=1"),
+    ],
     "seed=0,1": ["baseline.max_epochs=2", "trainer.max_epochs=1"],
     "fashion_mnist": ["data.limit_train=600", "data.limit_test=200", "baseline.max_epochs=2", "trainer.max_epochs=1"],
 }

@@ -67,7 +67,7 @@ def sorted_records(records: Sequence[TrialRecord]) -> list[TrialRecord]:
 
 def write_trials(records: Sequence[TrialRecord], path: Path) -> None:
     """Writes the table as CSV: a row per trial, its overrides as columns behind the trial's number."""
-    keys = _keys(records)
+    keys = tried_keys(records)
     measured = [item.name for item in fields(TrialRecord) if item.name not in ("number", "run", "overrides", "error")]
     with whole_file(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)
@@ -80,11 +80,11 @@ def write_trials(records: Sequence[TrialRecord], path: Path) -> None:
 
 def trials_table(records: Sequence[TrialRecord], title: str) -> Table:
     """One row per trial, with those overrides that are not the same in all of them."""
-    keys = [key for key in _keys(records) if len({record.overrides.get(key) for record in records}) > 1]
+    keys = [key for key in tried_keys(records) if len({record.overrides.get(key) for record in records}) > 1]
     table = Table(title=title, title_justify="left")
     table.add_column("#", justify="right")
     for key in keys:
-        name = _short(key, keys)
+        name = short_key(key, keys)
         table.add_column(name, overflow="fold", min_width=min(len(name), 16))
     table.add_column("status")
     for name in (*_ACCURACIES, "bytes", "replaced", "seconds"):
@@ -100,12 +100,14 @@ def trials_table(records: Sequence[TrialRecord], title: str) -> Table:
     return table
 
 
-def _keys(records: Sequence[TrialRecord]) -> list[str]:
+def tried_keys(records: Sequence[TrialRecord]) -> list[str]:
+    """What the trials tried, by override key, in the order of their command lines."""
     keys = dict.fromkeys(key for record in records for key in record.overrides)
     return [key for key in keys if key not in _NOT_TRIED]
 
 
-def _short(key: str, keys: Sequence[str]) -> str:
+def short_key(key: str, keys: Sequence[str]) -> str:
+    """The last part of a key, where no other of ``keys`` ends in the same."""
     leaf = key.rpartition(".")[2]
     return leaf if [other.rpartition(".")[2] for other in keys].count(leaf) == 1 else key
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -64,6 +65,19 @@ def check_sweep(overrides: Iterable[str], config_folder: str | Path) -> None:
     for index, override in enumerate(overrides):
         for value in _values_of_sweep(override)[1:]:
             compose_run([*overrides[:index], value, *overrides[index + 1 :]], config_folder)
+
+
+def sweep_config(loader: ConfigLoader, composed: DictConfig, overrides: Sequence[str]) -> RunConfig:
+    """The checked configuration of one trial of the sweep that was composed.
+
+    Raises:
+        ConfigError: as :func:`compose_run`.
+    """
+    try:
+        trial = loader.load_sweep_config(composed, list(overrides))
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(explain(error, overrides)) from error
+    return run_config(trial, trial.hydra.runtime.choices, overrides)
 
 
 def run_config(composed: DictConfig, choices: Mapping[str, Any], overrides: Iterable[str]) -> RunConfig:

@@ -12,11 +12,10 @@ from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from lowprec.config import INCIDENTAL_KEYS, ConfigError, RunConfig
 from lowprec.run.command_line import FAILED, complain
-from lowprec.run.compose import explain, run_config
+from lowprec.run.compose import explain, sweep_config
 from lowprec.run.directory import identity
 from lowprec.run.sweep import sweep_records, trial_record
 from lowprec.search.settings import SearchSettings
@@ -124,8 +123,4 @@ class Search:
         return config
 
     def _compose(self, overrides: Sequence[str]) -> RunConfig:
-        try:
-            composed = self._context.config_loader.load_sweep_config(self._composed, list(overrides))
-        except (HydraException, OmegaConfBaseException, ValueError) as error:
-            raise ConfigError(explain(error, overrides)) from error
-        return run_config(composed, composed.hydra.runtime.choices, overrides)
+        return sweep_config(self._context.config_loader, self._composed, overrides)

@@ -1,4 +1,4 @@
-"""A run as one trial of a sweep, and what a sweep leaves: a file per trial, a table of them all.
+"""A run as one trial of a sweep, and what a sweep leaves: a file per trial, a table and a figure of them all.
 
 A sweep's folder is ``runs_dir/sweeps/NAME``; its trials are runs like any other, in ``runs_dir``. An error ends its trial
 alone. Imports neither torch nor Optuna before a trial is run.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,7 +67,7 @@ def run_trial(composed: DictConfig, settings: HydraConf) -> int:
 
 
 def report_sweep(folder: Path) -> None:
-    """Writes trials.csv and prints the table of all trials so far; of other workers' trials too."""
+    """Writes trials.csv, draws trials.png and .svg, prints the table of all trials so far; of other workers' trials too."""
     records = sweep_records(folder)
     if not records or not _is_main():
         return
@@ -76,10 +76,12 @@ def report_sweep(folder: Path) -> None:
     console.print(trials_table(records, f"{folder.name}: {len(records)} trials, the best in validation first"))
     for record in records:
         if record.error:
-            console.print(f"{record.number} {record.status}: {record.error}")
+            console.print(f"{record.number} {record.status}: {record.error}", markup=False)
     if records[0].status == "finished":
         console.print(f"the best is {records[0].run}")
     console.print(f"the table is {folder / 'trials.csv'}")
+    if records[0].status == "finished":
+        console.print(_draw(records, folder), markup=False)
 
 
 def sweep_records(folder: Path) -> list[TrialRecord]:
@@ -171,6 +173,19 @@ def _recorded(record: TrialRecord, path: Path) -> Iterator[None]:
     finally:
         if _is_main():
             write_record(record, path)
+
+
+def _draw(records: Sequence[TrialRecord], folder: Path) -> str:
+    try:
+        # Here, because matplotlib takes a second to import and may not be installed.
+        from lowprec.report.figure import write_figure
+    except ModuleNotFoundError:
+        return "the figure needs matplotlib: pip install 'lowprec[sweep]', then the same command draws it"
+    path = folder / "trials.png"
+    drawn = write_figure(records, folder.name, path)
+    return (
+        f"the figure is {path}, and .svg beside it" if drawn else "no finished trial has a cost, so there is no figure"
+    )
 
 
 def _trials_folder(folder: str | Path) -> Path:

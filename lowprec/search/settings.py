@@ -15,9 +15,14 @@ PRUNERS = ("median", "none")
 
 @dataclass
 class GridSettings(BasicSweeperConf):
-    """All combinations of the values on the command line: Hydra's own sweeper, with a table at the end."""
+    """All combinations of the values on the command line: Hydra's own sweeper, with a table at the end.
+
+    ``grids``: several grids in one sweep, each a mapping from override keys to values, ``{quant.weights.bits: "2,4"}``. All
+    share ``params`` and the command line, which have the last word; a combination that comes twice is one trial.
+    """
 
     _target_: str = "hydra_plugins.lowprec_search.GridSweeper"
+    grids: list[dict[str, str]] = field(default_factory=list)
 
 
 @dataclass

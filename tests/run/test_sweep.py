@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import re
 import runpy
 import signal
@@ -13,10 +14,19 @@ from typing import Any
 
 import pytest
 from conftest import CONFIG_FOLDER, REPOSITORY, compose, start_train
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra._internal.callbacks import Callbacks
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import HydraContext
+from hydra.utils import instantiate
 from optuna.trial import TrialState, create_trial
 
+from lowprec.recipe import LAYOUTS, SOLVERS
+from lowprec.report.sweep import TrialRecord, write_record
 from lowprec.run.command_line import FAILED
-from lowprec.run.sweep import sweep_records
+from lowprec.run.sweep import report_sweep, sweep_records
 from lowprec.search.settings import PrunerSettings, SamplerSettings
 from lowprec.search.space import FloatDistribution
 from lowprec.search.study import SharedStudy
@@ -111,6 +121,79 @@ def test_a_failed_trial_is_recorded_and_the_sweep_goes_on(workplace: Workplace) 
     assert int(best["bytes"]) == 10_402
     assert "1e+30" in output
     assert f"the best is {best['run']}" in output
+    figure = workplace.sweep_folder() / "trials.png"
+    assert figure.is_file()
+    assert figure.with_suffix(".svg").is_file()
+    assert f"the figure is {figure.relative_to(workplace.folder)}, and .svg beside it" in output
+
+
+def test_without_matplotlib_a_sweep_says_how_to_get_the_figure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "lowprec.report.figure", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    write_record(TrialRecord(0, "runs/0", {}, "finished", multiplications_replaced=0.9), tmp_path / "trials" / "0.json")
+    report_sweep(tmp_path)
+    assert capsys.readouterr().out.endswith(
+        "the figure needs matplotlib: pip install 'lowprec[sweep]', then the same command draws it\n"
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["trials", "trials.csv"]
+
+
+def trials_of(search: str, *overrides: str) -> list[dict[str, str]]:
+    """What the trials of a grid try, of a file in conf/hparams_search and what the command line adds."""
+    with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3", job_name="train"):
+        settings = hydra_compose("train", [f"hparams_search={search}"], return_hydra_config=True).hydra.sweeper
+        loader = GlobalHydra.instance().config_loader()
+        sweeper = instantiate(settings)
+        sweeper.hydra_context = HydraContext(loader, Callbacks())
+        lines = [*(f"{key}={values}" for key, values in settings.params.items()), *overrides]
+        (batch,) = sweeper.split_arguments(OverridesParser.create(loader).parse_overrides(lines), None)
+    return [dict(override.split("=", 1) for override in trial) for trial in batch]
+
+
+def test_the_mission_s_study_tries_what_the_mission_asks_for() -> None:
+    trials = [{key.rpartition(".")[2]: value for key, value in trial.items()} for trial in trials_of("mission_study")]
+    keys = ("bits", "cluster_size", "layout", "solver", "reconstruct")
+    tried = [tuple(trial[key] for key in keys) for trial in trials]
+    points = list(itertools.product(("1", "2", "4", "8", "16", "32", "64"), LAYOUTS))
+    fitted = {(bits, *point, "exact", "True") for bits in ("2", "4") for point in points}
+    solvers = {("2", *point, solver, "False") for solver in SOLVERS for point in points}
+    assert set(tried) == fitted | solvers
+    assert len(tried) == len(set(tried)) == 84
+
+
+def test_the_command_line_has_the_last_word_on_all_grids_and_equal_trials_are_one() -> None:
+    part = ("quant.weights.cluster_size=4", "quant.weights.layout=kernel", "quant.weights.solver=twn", "seed=0,1")
+    trials = trials_of("mission_study", *part)
+    assert [(trial["quant.weights.bits"], trial["calibration.reconstruct"], trial["seed"]) for trial in trials] == [
+        *(("2", "True", "0"), ("2", "True", "1"), ("4", "True", "0"), ("4", "True", "1")),
+        *(("2", "False", "0"), ("2", "False", "1")),
+    ]
+    same = trials_of("mission_study", *part, "quant.weights.bits=2", "calibration.reconstruct=false")
+    assert [trial["seed"] for trial in same] == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ("quant.weights.bitts: '2,4'", "quant.weights.bitts"),
+        ("quant.weights.bits: '2,3'", "quant.weights.bits=3"),
+        ("quant.weights.cluster_size: '4,0'", "quant.weights.cluster_size=0"),
+    ],
+)
+def test_a_mistake_in_a_grid_is_named_before_anything_runs(grid: str, message: str, workplace: Workplace) -> None:
+    search = workplace.search()
+    path = workplace.folder / "conf" / "hparams_search" / "tiny.yaml"
+    defaults = "defaults: [override /hydra/sweeper: grid, override /experiment: digits_smoke]"
+    sweeper = f"hydra: {{mode: MULTIRUN, sweeper: {{grids: [{{{grid}}}]}}}}"
+    path.write_text(f"# @package _global_\n{defaults}\n{sweeper}\n")
+    output, errors = workplace.train(*search, code=2)
+    assert errors.startswith("error: ")
+    assert message in errors
+    assert errors.count("\n") == 1
+    assert output == ""
+    assert not (workplace.sweep_folder() / "trials").exists()
 
 
 def test_an_unexpected_error_in_a_trial_is_a_failed_trial(
