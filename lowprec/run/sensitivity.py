@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from lowprec.assign import assign, expected_signal_to_noise
 from lowprec.recipe import Recipe
 from lowprec.report.summary import plural
+from lowprec.run.current import Run
 from lowprec.run.directory import write_text
 from lowprec.sensitivity import Sensitivity, sensitivity
 from lowprec.training.precision import float32_evaluation
-
-if TYPE_CHECKING:
-    from lowprec.run.stages import Run
 
 
 def analyse(current: Run, full_precision: nn.Module, labelled: bool) -> Sensitivity:

@@ -6,26 +6,21 @@ full-precision model ─ prepare, calibrate ─ fine-tune ─ convert, save, exp
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from omegaconf import OmegaConf
 from rich.console import Console
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from lowprec.assign import check_reachable
 from lowprec.calibrate import calibrate
 from lowprec.candidates import scheme_choices
 from lowprec.config import ConfigError, RunConfig
 from lowprec.cost import cost
-from lowprec.data import DataModule
 from lowprec.export.onnx import export_onnx
 from lowprec.export.runtime import RUNTIME_NAMES, ExportedModel
 from lowprec.integer.convert import convert
@@ -36,8 +31,9 @@ from lowprec.layers import QuantizedFloatOperator
 from lowprec.models import checkpoint_metadata, load_checkpoint, save_checkpoint
 from lowprec.prepare import prepare
 from lowprec.reconstruct import reconstruct
-from lowprec.report.summary import TOP1_ROWS, Summary, build_summary, cost_summary, plural, summary_table
+from lowprec.report.summary import Summary, build_summary, cost_summary, plural, summary_table
 from lowprec.report.terminal import create_console
+from lowprec.run.current import Run
 from lowprec.run.data import evaluation_images, run_data
 from lowprec.run.directory import RunDirectory, write_text
 from lowprec.run.export import export_file, export_options
@@ -46,50 +42,13 @@ from lowprec.run.sensitivity import assign_for_budget
 from lowprec.training import processes
 from lowprec.training.checkpoints import BEST
 from lowprec.training.codes import CodeStatistics
-from lowprec.training.evaluation import Predictor, top1
+from lowprec.training.evaluation import top1
 from lowprec.training.fit import fit
 from lowprec.training.loggers import close_loggers, create_loggers, log_artifacts, log_summary
 from lowprec.training.module import Classification
 from lowprec.training.precision import choose_accelerator, choose_device
 from lowprec.training.profile import StepProfile
 from lowprec.verify import VerificationError, verify
-
-
-@dataclass
-class Run:
-    """What every stage of a run needs: its configuration, its folder, its data, and where it speaks."""
-
-    config: RunConfig
-    directory: RunDirectory
-    data: DataModule
-    console: Console
-    device: torch.device
-    callbacks: Sequence[Callback] = ()  # more ones of the fine-tuning
-
-    @contextmanager
-    def stage(self, name: str, says: str) -> Iterator[None]:
-        """Says what is being done, seeds it, and adds its seconds to the run's, also those of a stage that is cut
-        off.
-        """
-        self.console.print(says)
-        # Every stage starts from the seed alone, whether or not the stages before it ran in the same process.
-        seed_everything(self.config.seed, workers=True, verbose=False)
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self.directory.add_seconds(name, time.monotonic() - started)
-
-    def measure(self, name: str, predict: Predictor, device: torch.device | str = "cpu") -> None:
-        """Measures top-1 on the whole test split and keeps it, unless it is known already."""
-        if self.directory.result(name) is None:
-            self.directory.record(name, top1(predict, self.data.test_dataloader(), device))
-        self.console.print(f"  {dict(TOP1_ROWS)[name]}: {self.directory.result(name):.2%} top-1 on the test split")
-
-    def example_images(self) -> Tensor:
-        """Two images of the data's shape, [2, C, H, W]: batch norm in train mode takes no single one."""
-        # Random, so that checks of the traced graph see every path; drawn from a generator of their own.
-        return torch.randn(2, *self.data.input_size, generator=torch.Generator().manual_seed(0))
 
 
 def run(config: RunConfig, callbacks: Sequence[Callback] = ()) -> Summary:

@@ -19,12 +19,13 @@ from lowprec.integer.packed import load
 from lowprec.models import load_checkpoint
 from lowprec.prepare import prepare
 from lowprec.report.summary import Summary, cost_rows, cost_summary
+from lowprec.run.current import Run
 from lowprec.run.data import evaluation_images, published_data_config, run_data
 from lowprec.run.directory import RunDirectory
 from lowprec.run.export import check_exported, export_file, exported_file
 from lowprec.run.full_precision import baseline_file, build_model, full_precision_model
 from lowprec.run.sensitivity import analyse, show_assignment
-from lowprec.run.stages import Run, check_quantizable, check_same_data
+from lowprec.run.stages import check_quantizable, check_same_data
 from lowprec.training.checkpoints import BEST
 from lowprec.training.evaluation import top1
 from lowprec.training.precision import choose_device

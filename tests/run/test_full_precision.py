@@ -14,10 +14,11 @@ from rich.console import Console
 
 from lowprec.config import ConfigError
 from lowprec.models import CheckpointError, save_checkpoint
+from lowprec.run.current import Run
 from lowprec.run.data import run_data
 from lowprec.run.directory import RunDirectory
 from lowprec.run.full_precision import baseline_file, build_model, full_precision_model
-from lowprec.run.stages import Run, check_same_data
+from lowprec.run.stages import check_same_data
 
 SAME = ["quant=w2a8_n64", "trainer.max_epochs=9", "optim.learning_rate=0.5", "data.root=/data", "data.num_workers=3"]
 SAME += ["logger=none", "run_id=mine", "calibration.images=9", "trainer.distillation.weight=0.5", "data.limit_test=9"]

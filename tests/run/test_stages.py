@@ -23,10 +23,11 @@ from lowprec.config.debug import OVERFIT_EPOCHS
 from lowprec.data import DataError
 from lowprec.models import create_model, save_checkpoint
 from lowprec.run.command_line import run_to_exit_code
+from lowprec.run.current import Run
 from lowprec.run.data import run_data
 from lowprec.run.directory import RunDirectory, RunInUseError
 from lowprec.run.full_precision import build_model
-from lowprec.run.stages import Run, quantize, run
+from lowprec.run.stages import quantize, run
 from lowprec.run.tasks import finished_run
 
 
