@@ -12,7 +12,7 @@ output channels are done at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,17 +22,17 @@ from lowprec.numerics.clusters import ClusterLayout
 from lowprec.numerics.fixed_point import SIGNED_8_BIT, round_half_even
 from lowprec.numerics.solvers import four_bit_codes, solve_four_bit, solve_ternary
 
-# Passes of coordinate descent after the first one: more change little (less than 1 % of the error).
-PASSES = 3
-# Codes and scale of a cluster in turn, within a pass.
-ALTERNATIONS = 2
-# Columns that 8-bit weights, which have no clusters, are done in.
-COLUMNS_PER_BLOCK = 64
+# Passes of coordinate descent after the first one: more change little (1 % of the error).
+PASSES = 4
+# Columns after which errors are handed on to all other columns, at once; until then they reach those of the block alone.
+COLUMNS_PER_BLOCK = 128
 # Added to the diagonal, relative to its mean, where moments have to be inverted.
 JITTER = 1e-10
 
 
 Rounding = Callable[[Tensor], Tensor]
+# Columns of a block, and those of each cluster in it.
+Block = tuple[slice, list[slice]]
 
 
 class CompensatedWeights(NamedTuple):
@@ -49,7 +49,8 @@ def ridge_target(w_gOK: Tensor, h_gKK: Tensor, cross_gKO: Tensor, damping: float
     cross_gKO: E[x y], moments of inputs with wanted outputs.
     """
     ridge = damping * _mean_diagonal(h_gKK)
-    return torch.linalg.solve(damped(h_gKK, damping), cross_gKO + ridge * w_gOK.transpose(1, 2)).transpose(1, 2)
+    factor = torch.linalg.cholesky(damped(h_gKK, damping))
+    return torch.cholesky_solve(cross_gKO + ridge * w_gOK.transpose(1, 2), factor).transpose(1, 2)
 
 
 def damped(h_gKK: Tensor, damping: float) -> Tensor:
@@ -67,18 +68,24 @@ def compensate_clusters(weight: Tensor, h_gKK: Tensor, layout: ClusterLayout, bi
     order, sizes = _cluster_columns(layout, weight.device)
     w_gOK = _grouped(weight.double(), h_gKK)[..., order]
     h_gKK = h_gKK[:, order][:, :, order]
-    blocks = torch.arange(len(order), device=weight.device).split(sizes)
+    blocks = _blocks(sizes)
     scales, codes = _first_pass(w_gOK, h_gKK, blocks, bits)
+    inverses = [[_inverse(h_gKK[:, own, own]) for own in clusters] for _, clusters in blocks]
     for _ in range(PASSES):
         residual = (w_gOK - scales * codes) @ h_gKK
-        for columns in blocks:
-            h_gBB = h_gKK[:, columns][:, :, columns]
-            before = scales[..., columns] * codes[..., columns]
-            wanted = before + _solved(h_gBB, residual[..., columns])
-            scale, new = _fit_cluster(wanted, scales[..., columns[:1]], codes[..., columns], h_gBB, bits)
-            scales[..., columns], codes[..., columns] = scale, new
-            residual = residual - (scale * new - before) @ h_gKK[:, columns]
-    scale = scales.flatten(0, 1)[:, torch.stack([columns[0] for columns in blocks])]
+        for (block, clusters), inverses_of_block in zip(blocks, inverses, strict=True):
+            near, quantized = residual[..., block].clone(), scales[..., block] * codes[..., block]
+            h_gBB = h_gKK[:, block, block]
+            for own, inverse in zip(clusters, inverses_of_block, strict=True):
+                place = slice(own.start - block.start, own.stop - block.start)
+                before = scales[..., own] * codes[..., own]
+                wanted = before + near[..., place] @ inverse
+                scale, new = _fit_cluster(wanted, scales[..., own][..., :1], codes[..., own], h_gKK[:, own, own], bits)
+                scales[..., own], codes[..., own] = scale, new
+                near.baddbmm_(scale * new - before, h_gBB[:, place], alpha=-1)
+            residual.baddbmm_(scales[..., block] * codes[..., block] - quantized, h_gKK[:, block], alpha=-1)
+    starts = torch.tensor([own.start for _, clusters in blocks for own in clusters], device=weight.device)
+    scale = scales.flatten(0, 1)[:, starts]
     quantized = torch.empty_like(codes)
     quantized[..., order] = scales * codes
     return CompensatedWeights(quantized.reshape(weight.shape), scale.reshape(layout.scale_shape))
@@ -89,69 +96,72 @@ def compensate_steps(weight: Tensor, h_gKK: Tensor, step: Tensor) -> Compensated
     w_gOK = _grouped(weight.double(), h_gKK)
     step_gO = step.double().reshape(w_gOK.shape[:2])
     codes = _eight_bit(w_gOK / step_gO[..., None])
-    blocks = torch.arange(w_gOK.shape[-1], device=weight.device).split(COLUMNS_PER_BLOCK)
     for _ in range(PASSES):
         residual = (w_gOK - step_gO[..., None] * codes) @ h_gKK
-        for columns in blocks:
-            before = codes[..., columns]
-            new = before.clone()
-            # Within the block the residual follows each column; outside, the whole block at once.
-            _descend(new, residual[..., columns].clone(), h_gKK[:, columns][:, :, columns], step_gO, _eight_bit)
-            codes[..., columns] = new
-            residual = residual - (step_gO[..., None] * (new - before)) @ h_gKK[:, columns]
+        for start in range(0, w_gOK.shape[-1], COLUMNS_PER_BLOCK):
+            block = slice(start, start + COLUMNS_PER_BLOCK)
+            before = codes[..., block].clone()
+            _descend(codes[..., block], residual[..., block].clone(), h_gKK[:, block, block], step_gO, _eight_bit)
+            residual.baddbmm_(step_gO[..., None] * (codes[..., block] - before), h_gKK[:, block], alpha=-1)
     return CompensatedWeights((step_gO[..., None] * codes).reshape(weight.shape), step)
 
 
-def _first_pass(w_gOK: Tensor, h_gKK: Tensor, blocks: Sequence[Tensor], bits: int) -> tuple[Tensor, Tensor]:
+def _first_pass(w_gOK: Tensor, h_gKK: Tensor, blocks: list[Block], bits: int) -> tuple[Tensor, Tensor]:
     """Scales and codes, both w_gOK: a cluster's scale from its weights as they are when its turn comes."""
     remaining = w_gOK.clone()
     scales, codes = torch.zeros_like(w_gOK), torch.zeros_like(w_gOK)
     factor = _inverse_factor(h_gKK)
-    for columns in blocks:
-        scale = _solved_scale(remaining[..., columns], bits)
-        # The errors of this cluster, by its own columns at once and by all later ones at its end.
-        errors = torch.zeros_like(remaining[..., columns])
-        own = remaining[..., columns].clone()
-        f_gBB = factor[:, columns][:, :, columns]
-        for index in range(len(columns)):
-            code = _code(own[..., index], scale[..., 0], bits)
-            error = (own[..., index] - scale[..., 0] * code) / f_gBB[:, index, index, None]
-            own -= error[..., None] * f_gBB[:, None, index]
-            errors[..., index] = error
-            codes[..., columns[index]] = code
-        scales[..., columns] = scale
-        remaining -= errors @ factor[:, columns]
+    for block, clusters in blocks:
+        # Errors reach the later columns of the block cluster by cluster, those behind the block at its end.
+        errors = torch.zeros_like(remaining[..., block])
+        for own in clusters:
+            place, later = own.start - block.start, slice(own.start, block.stop)
+            scale = _solved_scale(remaining[..., own], bits)
+            weights, f_gBB = remaining[..., own].clone(), factor[:, own, own]
+            for index in range(own.stop - own.start):
+                code = _code(weights[..., index], scale[..., 0], bits)
+                error = (weights[..., index] - scale[..., 0] * code) / f_gBB[:, index, index, None]
+                weights -= error[..., None] * f_gBB[:, None, index]
+                errors[..., place + index] = error
+                codes[..., own.start + index] = code
+            scales[..., own] = scale
+            remaining[..., later] -= errors[..., place : place + own.stop - own.start] @ factor[:, own, later]
+        remaining[..., block.stop :] -= errors @ factor[:, block, block.stop :]
     return scales, codes
 
 
 def _fit_cluster(wanted_gOB: Tensor, scale: Tensor, codes: Tensor, h_gBB: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes given the scale by coordinate descent, then the scale given the codes by least squares, in turn."""
+    """Codes given the scale by coordinate descent, then the scale given the codes by least squares."""
     codes = codes.clone()
-    for _ in range(ALTERNATIONS):
-        residual = (wanted_gOB - scale * codes) @ h_gBB
-        _descend(codes, residual, h_gBB, scale[..., 0], lambda values: _limited(values, bits))
-        projected = codes @ h_gBB
-        power = (projected * codes).sum(-1, keepdim=True)
-        fitted = (projected * wanted_gOB).sum(-1, keepdim=True) / torch.where(power > 0, power, torch.inf)
-        # A scale that came out as zero or negative would make codes of the wrong sign: the old one stays.
-        scale = torch.where(fitted > 0, fitted, scale)
-    return scale, codes
+    residual = (wanted_gOB - scale * codes) @ h_gBB
+    _descend(codes, residual, h_gBB, scale[..., 0], lambda values: _limited(values, bits))
+    projected = codes @ h_gBB
+    power = (projected * codes).sum(-1, keepdim=True)
+    fitted = (projected * wanted_gOB).sum(-1, keepdim=True) / torch.where(power > 0, power, torch.inf)
+    # A scale that came out as zero or negative would make codes of the wrong sign: the old one stays.
+    return torch.where(fitted > 0, fitted, scale), codes
 
 
 def _descend(codes: Tensor, residual: Tensor, h_gBB: Tensor, step_gO: Tensor, rounded: Rounding) -> None:
     """One pass of coordinate descent over the columns, in place: each code where the error is least given all others.
 
-    residual: (w − step·codes) H, which follows. A column without moments, or of a step of zero, stays as it is.
+    residual: (w − step·codes) H. A column without moments, or of a step of zero, stays as it is.
     """
-    usable = step_gO != 0
-    inverse_step = torch.where(usable, 1 / torch.where(usable, step_gO, 1.0), 0.0)
-    for index in range(codes.shape[-1]):
-        moment = h_gBB[:, index, index, None]
-        alive = usable & (moment > 0)
-        best = codes[..., index] + residual[..., index] / torch.where(moment > 0, moment, torch.inf) * inverse_step
-        new = torch.where(alive, rounded(best), codes[..., index])
-        residual -= (step_gO * (new - codes[..., index]))[..., None] * h_gBB[:, None, index]
-        codes[..., index] = new
+    moments = h_gBB.diagonal(dim1=1, dim2=2)
+    shares_gOB = _inverse_or_zero(step_gO)[..., None] * _inverse_or_zero(moments.clamp(min=0))[:, None]
+    # Columns first, so that each lies in one piece.
+    codes_BgO, residual_BgO, shares_BgO = (part.movedim(-1, 0).contiguous() for part in (codes, residual, shares_gOB))
+    h_BBg1 = h_gBB.permute(1, 2, 0)[..., None]
+    for index in range(len(codes_BgO)):
+        new = rounded(torch.addcmul(codes_BgO[index], residual_BgO[index], shares_BgO[index]))
+        # The columns before are done, so their residuals are no longer needed.
+        residual_BgO[index + 1 :].addcmul_(h_BBg1[index, index + 1 :], (new - codes_BgO[index]) * step_gO, value=-1)
+        codes_BgO[index] = new
+    codes.copy_(codes_BgO.movedim(0, -1))
+
+
+def _inverse_or_zero(values: Tensor) -> Tensor:
+    return torch.where(values != 0, 1 / torch.where(values != 0, values, 1.0), 0.0)
 
 
 def _limited(values: Tensor, bits: int) -> Tensor:
@@ -184,11 +194,23 @@ def _inverse_factor(h_gKK: Tensor) -> Tensor:
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(safe)), upper=True)
 
 
-def _solved(h_gBB: Tensor, residual: Tensor) -> Tensor:
-    """residual · H⁻¹, where H may lack inputs."""
+def _inverse(h_gBB: Tensor) -> Tensor:
+    """H⁻¹, where H may lack inputs."""
     dead = (h_gBB.diagonal(dim1=1, dim2=2) <= 0).to(h_gBB.dtype)
-    safe = damped(h_gBB, 1e-6) + torch.diag_embed(dead)
-    return torch.linalg.solve(safe, residual.transpose(1, 2)).transpose(1, 2)
+    return torch.linalg.inv(damped(h_gBB, 1e-6) + torch.diag_embed(dead))
+
+
+def _blocks(sizes: list[int]) -> list[Block]:
+    """Clusters one after the other, of so many columns each, in blocks of about COLUMNS_PER_BLOCK columns."""
+    blocks: list[Block] = []
+    start = 0
+    for size in sizes:
+        cluster = slice(start, start + size)
+        if not blocks or cluster.stop - blocks[-1][0].start > COLUMNS_PER_BLOCK:
+            blocks.append((cluster, []))
+        blocks[-1] = (slice(blocks[-1][0].start, cluster.stop), [*blocks[-1][1], cluster])
+        start += size
+    return blocks
 
 
 def _mean_diagonal(h_gKK: Tensor) -> Tensor:
