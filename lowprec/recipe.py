@@ -78,10 +78,13 @@ class Rule:
     solver: Optional[str] = None  # noqa: UP045
     planes: Optional[int] = None  # noqa: UP045
 
+    def given(self) -> dict[str, Any]:
+        """The fields of the weight scheme that this rule names."""
+        return {key: value for key, value in asdict(self).items() if key != "pattern" and value is not None}
+
     def changes(self) -> dict[str, Any]:
-        """The fields of the weight scheme that this rule sets."""
-        given = {key: value for key, value in asdict(self).items() if key != "pattern" and value is not None}
-        return given if self.bits in (None, 2) else {"planes": 1, **given}
+        """The fields of the weight scheme that this rule sets: those it names, and one plane where it names 4 or 8 bits."""
+        return self.given() if self.bits in (None, 2) else {"planes": 1, **self.given()}
 
 
 # Holds for every recipe; a rule of the recipe itself comes later and so has the last word.
@@ -176,8 +179,8 @@ class Recipe:
         return content
 
     def to_yaml(self) -> str:
-        """The recipe as the text of a file for :meth:`load`; rules with what they change alone."""
-        rules = [{"pattern": rule.pattern, **rule.changes()} for rule in self.rules]
+        """The recipe as the text of a file for :meth:`load`; rules with what they name alone."""
+        rules = [{"pattern": rule.pattern, **rule.given()} for rule in self.rules]
         return yaml.safe_dump({**self.to_dict(), "rules": rules}, sort_keys=False)
 
     def validate(self) -> None:

@@ -14,6 +14,7 @@ NAMES = (
     "Recipe",
     "prepare",
     "calibrate",
+    "reconstruct",
     "convert",
     "verify",
     "sensitivity",

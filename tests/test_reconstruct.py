@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 import lowprec
 from lowprec.layers import quantized_layers
 from lowprec.models import create_model
+from lowprec.numerics.effective_codes import planes_of
 from lowprec.prepare import full_precision
 from lowprec.recipe import Recipe, Rule, WeightScheme
 
@@ -79,6 +80,11 @@ def test_latent_weights_are_the_quantized_ones_and_training_starts_there() -> No
         if scheme.bits == 8:
             continue
         codes = layer.weight_codes()
+        if scheme.planes == 2:
+            first, second = map(quantizer.layout.split, planes_of(codes))
+            levels = quantizer.layout.merge(quantizer.scale * first + quantizer.residual_scale * second)
+            torch.testing.assert_close(levels, layer.weight, rtol=1e-5, atol=1e-7)
+            continue
         scales = quantizer.scale.clone()
         quantizer.descend(layer.weight)
         # The fit is where the descent stays: a training's first step starts from just these codes and scales.

@@ -58,6 +58,4 @@ def show_assignment(current: Run, recipe: Recipe) -> None:
     others = plural(len(rules), "layer")
     current.console.print(f"budget.{budget.name}={budget.value:g}: {others} other than in {configured.name}")
     for rule in rules:
-        current.console.print(
-            f"  {rule.pattern}: {', '.join(f'{key}={value}' for key, value in rule.changes().items())}"
-        )
+        current.console.print(f"  {rule.pattern}: {', '.join(f'{key}={value}' for key, value in rule.given().items())}")

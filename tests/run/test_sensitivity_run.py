@@ -59,7 +59,7 @@ def test_a_budget_becomes_a_recipe_and_a_run_of_it(
     assert summary["seconds"].keys() == digits_run.summary["seconds"].keys()
     assert summary["verify"]["mismatched_codes"] == 0
     for rule in recipe.rules:
-        changes = ", ".join(f"{key}={value}" for key, value in rule.changes().items())
+        changes = ", ".join(f"{key}={value}" for key, value in rule.given().items())
         assert f"  {rule.pattern}: {changes}" in output
     assert load(folder / "model.safetensors") is not None
     # Other tasks know the recipe too.
