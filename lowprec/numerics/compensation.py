@@ -23,7 +23,7 @@ from lowprec.numerics.fixed_point import SIGNED_8_BIT, round_half_even
 from lowprec.numerics.solvers import four_bit_codes, solve_four_bit, solve_ternary
 
 # Passes of coordinate descent after the first one: more change little (1 % of the error).
-PASSES = 4
+PASSES = 6
 # Columns after which errors are handed on to all other columns, at once; until then they reach those of the block alone.
 COLUMNS_PER_BLOCK = 128
 # Added to the diagonal, relative to its mean, where moments have to be inverted.
