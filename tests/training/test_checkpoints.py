@@ -87,7 +87,7 @@ def test_a_kill_while_it_is_written_leaves_a_whole_checkpoint(delay: float, tmp_
 
 @pytest.fixture
 def with_a_terminal() -> Iterator[None]:
-    """SIGHUP is heard, also where these tests run under nohup."""
+    """SIGHUP is heard, by processes that a test starts too, also where these tests run under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
@@ -119,6 +119,7 @@ def test_under_nohup_a_lost_terminal_changes_nothing(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
+@pytest.mark.usefixtures("with_a_terminal")
 def test_what_is_said_to_a_lost_terminal_is_no_error(tmp_path: Path) -> None:
     """A bar that is drawn after the loss would otherwise end the training before its checkpoint is written."""
     keeper, terminal = pty.openpty()
