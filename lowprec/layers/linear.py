@@ -72,9 +72,9 @@ class QuantizedLayer(nn.Module, ABC):
     def operate(self, values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The convolution or matrix product with that weight and bias."""
 
+    @abstractmethod
     def columns(self, values: Tensor) -> Tensor:
         """What each weight of an output channel is multiplied with: x_gKN, [groups, I · kernel, outputs of one channel]."""
-        raise NotImplementedError(f"{type(self).__name__} has no weights to fit")
 
     def by_channel(self, output: Tensor) -> Tensor:
         """An output of :meth:`operate` as [O, positions], in the order of the columns."""
@@ -229,6 +229,9 @@ class QuantizedBatchNorm2d(QuantizedLayer):
     def operate(self, values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         scaled = values * weight.view(1, -1, 1, 1)
         return scaled if bias is None else scaled + bias.view(1, -1, 1, 1)
+
+    def columns(self, values: Tensor) -> Tensor:
+        return self.by_channel(values).unsqueeze(1)
 
     def normalized(self, values: Tensor) -> Tensor:
         # With a weight of one there is nothing to quantize until the batch norm is folded into it.
