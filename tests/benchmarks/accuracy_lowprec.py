@@ -29,7 +29,7 @@ def prepared(recipe_name: str, start: Start) -> Quantized:
     # Random, so that checks of the traced graph see every path, as in a run.
     example = torch.randn(2, *images.shape[1:], generator=torch.Generator().manual_seed(0))
     qmodel = lowprec.prepare(start.model, recipe, example)
-    lowprec.calibrate(qmodel, start.calibration)
+    lowprec.reconstruct(qmodel, start.calibration)
     return Quantized(qmodel, lowprec.cost(qmodel, example).weight_bits)
 
 
