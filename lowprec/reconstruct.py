@@ -20,7 +20,13 @@ from lowprec.calibration.moments import moments
 from lowprec.calibration.statistics import correct_mean, statistics_of
 from lowprec.calibration.walk import Walk, attribute
 from lowprec.layers import QuantizedBatchNorm2d, QuantizedLayer
-from lowprec.numerics.compensation import compensate_clusters, compensate_steps, damped, ridge_target
+from lowprec.numerics.compensation import (
+    compensate_clusters,
+    compensate_mantissas,
+    compensate_steps,
+    damped,
+    ridge_target,
+)
 from lowprec.numerics.fixed_point import power_of_two
 from lowprec.numerics.solvers import solve_eight_bit
 from lowprec.prepare import full_precision
@@ -122,6 +128,8 @@ def fit_weights(layer: QuantizedLayer, inputs: list[Tensor], outputs: list[Tenso
     if layer.scheme.planes == 1:
         quantizer.keep_scale(fitted.scale)
         layer.weight.copy_(fitted.weight)
+        if layer.scheme.bits == 4:
+            _settle(layer, target, h_gKK)
         return
     # The second plane makes up for what the first one lacks.
     residual = compensate_clusters(target - fitted.weight, h_gKK, quantizer.layout, layer.scheme.bits)
@@ -129,9 +137,23 @@ def fit_weights(layer: QuantizedLayer, inputs: list[Tensor], outputs: list[Tenso
     layer.weight.copy_(fitted.weight + residual.weight)
 
 
+def _settle(layer: QuantizedLayer, target: Tensor, h_gKK: Tensor) -> None:
+    """Moves 4-bit codes to where outputs are closest with the mantissas and effective codes that the layer ships."""
+    folded, quantizer = layer.fold().weights, layer.weight_quantizer
+    assert folded.mantissas is not None
+    step = power_of_two(folded.exponent).double() / _gain(layer)
+    codes = compensate_mantissas(target, h_gKK, step, folded.mantissas, folded.codes, quantizer.layout)
+    layer.weight.copy_(quantizer.layout.merge(quantizer.layout.split(codes) * quantizer.scale))
+
+
+def _gain(layer: QuantizedLayer) -> Tensor:
+    """The batch norm's gain of each output channel [O]; 1 for a channel that is switched off."""
+    gain, _ = layer.gain_and_offset()
+    return torch.where(gain == 0, 1.0, gain)
+
+
 def _eight_bit_steps(layer: QuantizedLayer, weight: Tensor) -> Tensor:
     """What one code is worth in each output channel [O], before the batch norm's gain is folded in: it may be negative."""
-    gain = layer.gain()
-    gain = torch.where(gain == 0, 1.0, gain)  # a channel that is switched off
+    gain = _gain(layer)
     folded = weight * gain.view(-1, *[1] * (weight.dim() - 1))
     return power_of_two(solve_eight_bit(folded)).double() / gain

@@ -41,24 +41,47 @@ class ChannelSums:
 
 
 def correct_norm(layer: QuantizedLayer, reference: ChannelStatistics, inputs: list[Tensor]) -> None:
-    """mean' = mean + mean_q − mean_fp; var' = var · var_q / var_fp, but for channels without variance.
+    """var' = var · var_q / var_fp, but for channels without variance, and then means as in :func:`correct_mean`.
 
     reference: statistics of what goes into the batch norm in full precision. inputs: of the layer, quantized.
     """
     found = statistics_of(layer, map(layer.before_norm, inputs))
     norm = layer.norm
     assert norm is not None
+    assert norm.running_mean is not None
     assert norm.running_var is not None
+    wanted = _mean_behind(layer, reference)
     alive = (found.variance > DEAD_VARIANCE) & (reference.variance > DEAD_VARIANCE)
     ratio = torch.where(alive, found.variance / reference.variance.clamp(min=DEAD_VARIANCE), 1.0)
-    _shift(layer, found.mean - reference.mean)
     norm.running_var.mul_(ratio.to(norm.running_var.dtype))
+    _correct_mean(layer, wanted, inputs)
 
 
 def correct_mean(layer: QuantizedLayer, reference: ChannelStatistics, inputs: list[Tensor]) -> None:
-    """mean' = mean + mean_q − mean_fp, or, in a layer without batch norm, bias' = bias − mean_q + mean_fp."""
-    found = statistics_of(layer, map(layer.before_norm, inputs))
-    _shift(layer, found.mean - reference.mean)
+    """mean' = mean + (mean_q − mean_fp) / gain, or, in a layer without batch norm, bias' = bias − mean_q + mean_fp.
+
+    mean_q: of the outputs behind the batch norm, with the folded, rounded weights that are shipped: their rounding moves
+    means, too. The model must be in evaluation mode.
+    """
+    _correct_mean(layer, _mean_behind(layer, reference), inputs)
+
+
+def _mean_behind(layer: QuantizedLayer, reference: ChannelStatistics) -> Tensor:
+    """The mean of each channel [C] behind the batch norm, where the one before it is the reference's."""
+    gain, offset = layer.gain_and_offset()
+    return reference.mean * gain + offset
+
+
+def _correct_mean(layer: QuantizedLayer, wanted: Tensor, inputs: list[Tensor]) -> None:
+    excess = statistics_of(layer, map(layer.normalized, inputs)).mean - wanted
+    if layer.norm is not None:
+        assert layer.norm.running_mean is not None
+        gain, _ = layer.gain_and_offset()
+        # A channel that is switched off gives its offset whatever the mean.
+        shift = torch.where(gain != 0, excess / torch.where(gain != 0, gain, 1.0), 0.0)
+        layer.norm.running_mean.add_(shift.to(layer.norm.running_mean.dtype))
+    elif layer.bias is not None:
+        layer.bias.sub_(excess.to(layer.bias.dtype))
 
 
 def statistics_of(layer: QuantizedLayer, outputs: Iterable[Tensor]) -> ChannelStatistics:
@@ -67,12 +90,3 @@ def statistics_of(layer: QuantizedLayer, outputs: Iterable[Tensor]) -> ChannelSt
     for output in outputs:
         sums.add(layer.by_channel(output))
     return sums.statistics()
-
-
-def _shift(layer: QuantizedLayer, excess: Tensor) -> None:
-    """Takes ``excess`` [C] from the layer's outputs, where it has anything to take it from."""
-    if layer.norm is not None:
-        assert layer.norm.running_mean is not None
-        layer.norm.running_mean.add_(excess.to(layer.norm.running_mean.dtype))
-    elif layer.bias is not None:
-        layer.bias.sub_(excess.to(layer.bias.dtype))

@@ -118,11 +118,23 @@ class QuantizedLayer(nn.Module, ABC):
         weight = self.weight_quantizer(self.weight) if self.quantizing else self.weight
         return self.operate(values, weight, self.bias)
 
-    def gain(self) -> Tensor:
-        """What the batch norm multiplies each output channel by, [O], float64; ones without a batch norm."""
-        if self.norm is None:
-            return torch.ones(self.weight.shape[0], dtype=torch.float64, device=self.weight.device)
-        return self._gain_and_offset(self.norm)[0]
+    def gain_and_offset(self) -> tuple[Tensor, Tensor]:
+        """What the batch norm multiplies each output channel by, and then adds, [O] each, float64.
+
+        Raises:
+            ValueError: it has no running statistics.
+        """
+        norm = self.norm
+        if norm is None:
+            ones = torch.ones(self.weight.shape[0], dtype=torch.float64, device=self.weight.device)
+            return ones, torch.zeros_like(ones)
+        if norm.running_mean is None or norm.running_var is None:
+            raise ValueError("a batch norm without running statistics cannot be folded")
+        gain = 1.0 / (norm.running_var.double() + norm.eps).sqrt()
+        if norm.weight is not None:
+            gain = gain * norm.weight.double()
+        offset = -norm.running_mean.double() * gain
+        return gain, offset if norm.bias is None else offset + norm.bias.double()
 
     def weight_codes(self) -> Tensor:
         """Codes of the weights, int8, of the weight's shape: -1 … 1, -4 … 4 (two planes), -7 … 7 or -128 … 127."""
@@ -136,7 +148,7 @@ class QuantizedLayer(nn.Module, ABC):
         if self.bias is not None:
             bias = self.bias.double()
         if self.norm is not None:
-            gain, offset = self._gain_and_offset(self.norm)
+            gain, offset = self.gain_and_offset()
             bias = bias * gain + offset
         floor = torch.maximum(bias_exponent_floor(bias, self.source.exponent), self._shift_floor())
         weights = self.weight_quantizer.fold(self.weight, gain, floor)
@@ -158,16 +170,6 @@ class QuantizedLayer(nn.Module, ABC):
 
     def _normalize(self, values: Tensor) -> Tensor:
         return values if self.norm is None else self.norm(values)
-
-    @staticmethod
-    def _gain_and_offset(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> tuple[Tensor, Tensor]:
-        if norm.running_mean is None or norm.running_var is None:
-            raise ValueError("a batch norm without running statistics cannot be folded")
-        gain = 1.0 / (norm.running_var.double() + norm.eps).sqrt()
-        if norm.weight is not None:
-            gain = gain * norm.weight.double()
-        offset = -norm.running_mean.double() * gain
-        return gain, offset if norm.bias is None else offset + norm.bias.double()
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}" if self.activation else ""

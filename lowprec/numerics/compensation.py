@@ -13,12 +13,14 @@ output channels are done at once.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lowprec.numerics.clusters import ClusterLayout
+from lowprec.numerics.effective_codes import FOUR_BIT_SHIFT
 from lowprec.numerics.fixed_point import SIGNED_8_BIT, round_half_even
 from lowprec.numerics.solvers import four_bit_codes, solve_four_bit, solve_ternary
 
@@ -30,7 +32,8 @@ COLUMNS_PER_BLOCK = 128
 JITTER = 1e-10
 
 
-Rounding = Callable[[Tensor], Tensor]
+# Real codes [g, O/g] of a column, and its number, to codes that it may have.
+Rounding = Callable[[Tensor, int], Tensor]
 # Columns of a block, and those of each cluster in it.
 Block = tuple[slice, list[slice]]
 
@@ -93,17 +96,49 @@ def compensate_clusters(weight: Tensor, h_gKK: Tensor, layout: ClusterLayout, bi
 
 def compensate_steps(weight: Tensor, h_gKK: Tensor, step: Tensor) -> CompensatedWeights:
     """8-bit codes of ``weight`` [O, I, *kernel] on the given steps [O] (of either sign), for moments ``h_gKK``."""
-    w_gOK = _grouped(weight.double(), h_gKK)
+    start = _eight_bit(weight.double() / step.double().view(-1, *[1] * (weight.dim() - 1)), 0)
+    codes = _descend_steps(weight, h_gKK, step, start, _eight_bit)
+    return CompensatedWeights(step.double().view(-1, *[1] * (weight.dim() - 1)) * codes, step)
+
+
+def compensate_mantissas(
+    weight: Tensor, h_gKK: Tensor, step: Tensor, mantissa: Tensor, codes: Tensor, layout: ClusterLayout
+) -> Tensor:
+    """4-bit codes [O, I, *kernel], from ``codes`` on, where each is worth round_half_even(a·q / 2^4) steps.
+
+    That is what ships: the rounding of effective codes is among the errors that others make up for. step: [O], of one
+    effective code, of either sign; mantissa a: [O, G, 1, 1 or P], a channel of zeros keeps its codes.
+    """
+    a_gOK = _grouped(layout.merge(mantissa.double().expand(layout.split(codes).shape)), h_gKK)
+    shares = _inverse_or_zero(a_gOK) * 2.0**FOUR_BIT_SHIFT
+    products = a_gOK * 2.0**-FOUR_BIT_SHIFT
+
+    def rounded(values: Tensor, column: int) -> Tensor:
+        return round_half_even(_limited(values * shares[..., column], 4) * products[..., column])
+
+    start = round_half_even(_grouped(codes.double(), h_gKK) * products).reshape(codes.shape)
+    effective = _descend_steps(weight, h_gKK, step, start, rounded)
+    found = _limited(_grouped(effective, h_gKK) * shares, 4).reshape(codes.shape)
+    return torch.where(a_gOK.reshape(codes.shape) != 0, found, codes)
+
+
+def _descend_steps(weight: Tensor, h_gKK: Tensor, step: Tensor, start: Tensor, rounded: Rounding) -> Tensor:
+    """Codes worth ``step`` [O] each, of the shape of ``weight``: passes of coordinate descent over all columns."""
+    w_gOK, codes = _grouped(weight.double(), h_gKK), _grouped(start, h_gKK).clone()
     step_gO = step.double().reshape(w_gOK.shape[:2])
-    codes = _eight_bit(w_gOK / step_gO[..., None])
     for _ in range(PASSES):
         residual = (w_gOK - step_gO[..., None] * codes) @ h_gKK
-        for start in range(0, w_gOK.shape[-1], COLUMNS_PER_BLOCK):
-            block = slice(start, start + COLUMNS_PER_BLOCK)
+        for first in range(0, w_gOK.shape[-1], COLUMNS_PER_BLOCK):
+            block = slice(first, first + COLUMNS_PER_BLOCK)
             before = codes[..., block].clone()
-            _descend(codes[..., block], residual[..., block].clone(), h_gKK[:, block, block], step_gO, _eight_bit)
+            near = residual[..., block].clone()
+            _descend(codes[..., block], near, h_gKK[:, block, block], step_gO, partial(_of_block, rounded, first))
             residual.baddbmm_(step_gO[..., None] * (codes[..., block] - before), h_gKK[:, block], alpha=-1)
-    return CompensatedWeights((step_gO[..., None] * codes).reshape(weight.shape), step)
+    return codes.reshape(weight.shape)
+
+
+def _of_block(rounded: Rounding, first: int, values: Tensor, column: int) -> Tensor:
+    return rounded(values, first + column)
 
 
 def _first_pass(w_gOK: Tensor, h_gKK: Tensor, blocks: list[Block], bits: int) -> tuple[Tensor, Tensor]:
@@ -134,7 +169,7 @@ def _fit_cluster(wanted_gOB: Tensor, scale: Tensor, codes: Tensor, h_gBB: Tensor
     """Codes given the scale by coordinate descent, then the scale given the codes by least squares."""
     codes = codes.clone()
     residual = (wanted_gOB - scale * codes) @ h_gBB
-    _descend(codes, residual, h_gBB, scale[..., 0], lambda values: _limited(values, bits))
+    _descend(codes, residual, h_gBB, scale[..., 0], lambda values, _: _limited(values, bits))
     projected = codes @ h_gBB
     power = (projected * codes).sum(-1, keepdim=True)
     fitted = (projected * wanted_gOB).sum(-1, keepdim=True) / torch.where(power > 0, power, torch.inf)
@@ -153,7 +188,7 @@ def _descend(codes: Tensor, residual: Tensor, h_gBB: Tensor, step_gO: Tensor, ro
     codes_BgO, residual_BgO, shares_BgO = (part.movedim(-1, 0).contiguous() for part in (codes, residual, shares_gOB))
     h_BBg1 = h_gBB.permute(1, 2, 0)[..., None]
     for index in range(len(codes_BgO)):
-        new = rounded(torch.addcmul(codes_BgO[index], residual_BgO[index], shares_BgO[index]))
+        new = rounded(torch.addcmul(codes_BgO[index], residual_BgO[index], shares_BgO[index]), index)
         # The columns before are done, so their residuals are no longer needed.
         residual_BgO[index + 1 :].addcmul_(h_BBg1[index, index + 1 :], (new - codes_BgO[index]) * step_gO, value=-1)
         codes_BgO[index] = new
@@ -169,7 +204,7 @@ def _limited(values: Tensor, bits: int) -> Tensor:
     return torch.sign(values) * (values.abs() >= 0.5) if bits == 2 else round_half_even(values).clamp(-7, 7)
 
 
-def _eight_bit(values: Tensor) -> Tensor:
+def _eight_bit(values: Tensor, column: int) -> Tensor:
     return round_half_even(values).clamp(SIGNED_8_BIT.low, SIGNED_8_BIT.high)
 
 
