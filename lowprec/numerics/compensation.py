@@ -28,6 +28,8 @@ from lowprec.numerics.solvers import four_bit_codes, solve_four_bit, solve_terna
 PASSES = 6
 # Columns after which errors are handed on to all other columns, at once; until then they reach those of the block alone.
 COLUMNS_PER_BLOCK = 128
+# Scales that are tried for a cluster, to the one at hand.
+SCALE_RATIOS = (1.0, 0.7, 0.8, 0.9, 1.1, 1.25, 1.4)
 # Added to the diagonal, relative to its mean, where moments have to be inverted.
 JITTER = 1e-10
 
@@ -166,15 +168,29 @@ def _first_pass(w_gOK: Tensor, h_gKK: Tensor, blocks: list[Block], bits: int) ->
 
 
 def _fit_cluster(wanted_gOB: Tensor, scale: Tensor, codes: Tensor, h_gBB: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes given the scale by coordinate descent, then the scale given the codes by least squares."""
-    codes = codes.clone()
-    residual = (wanted_gOB - scale * codes) @ h_gBB
-    _descend(codes, residual, h_gBB, scale[..., 0], lambda values, _: _limited(values, bits))
-    projected = codes @ h_gBB
-    power = (projected * codes).sum(-1, keepdim=True)
-    fitted = (projected * wanted_gOB).sum(-1, keepdim=True) / torch.where(power > 0, power, torch.inf)
+    """Codes given the scale by coordinate descent, then the scale given the codes by least squares.
+
+    From the codes at hand, and from those nearest to ``wanted_gOB`` at other scales: the least error of all is kept.
+    """
+    tried = len(SCALE_RATIOS)
+    scales = torch.cat([scale * ratio for ratio in SCALE_RATIOS], 1)
+    wanted = wanted_gOB.repeat(1, tried, 1)
+    found = _limited(wanted * _inverse_or_zero(scales), bits)
+    found[:, : codes.shape[1]] = codes
+    residual = (wanted - scales * found) @ h_gBB
+    _descend(found, residual, h_gBB, scales[..., 0], lambda values, _: _limited(values, bits))
+    projected = found @ h_gBB
+    power = (projected * found).sum(-1, keepdim=True)
+    fitted = (projected * wanted).sum(-1, keepdim=True) / torch.where(power > 0, power, torch.inf)
     # A scale that came out as zero or negative would make codes of the wrong sign: the old one stays.
-    return torch.where(fitted > 0, fitted, scale), codes
+    scales = torch.where(fitted > 0, fitted, scales)
+    errors = wanted - scales * found
+    errors = ((errors @ h_gBB) * errors).sum(-1).unflatten(1, (tried, -1))
+    best = errors.argmin(1)[:, None, :, None]
+    return (
+        scales.unflatten(1, (tried, -1)).gather(1, best)[:, 0],
+        found.unflatten(1, (tried, -1)).gather(1, best.expand(-1, -1, -1, codes.shape[-1]))[:, 0],
+    )
 
 
 def _descend(codes: Tensor, residual: Tensor, h_gBB: Tensor, step_gO: Tensor, rounded: Rounding) -> None:
