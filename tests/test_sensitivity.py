@@ -101,7 +101,9 @@ def test_the_figures_are_those_of_an_independent_computation(found: lowprec.Sens
         folded = layer.weight_quantizer.fold(conv.weight, gain, None)
         weight = folded.effective * torch.exp2(folded.exponent.double()).view(-1, 1, 1, 1)
         # Means behind the batch norm are those of full precision, with the weights as they are rounded.
-        wanted = (reference.mean(1) - norm.running_mean) * norm.weight / (norm.running_var + norm.eps).sqrt() + norm.bias
+        wanted = (reference.mean(1) - norm.running_mean) * norm.weight / (
+            norm.running_var + norm.eps
+        ).sqrt() + norm.bias
         given = torch.cat([nn.functional.conv2d(values.double(), weight, padding=1) for values in inputs])
         bias = wanted - given.mean((0, 2, 3))
         other = twin.stage2[0]

@@ -1,6 +1,6 @@
 """What choices in fine-tuning are worth: the ablation table of the README, each line against the defaults, several seeds.
 
-    python tests/benchmarks/fine_tuning.py [key=value ...] [--only 'defaults' 'rate*'] [--recipes w2a8_n4 w2a8_n64] [--seeds 0 1 2]
+    python tests/benchmarks/fine_tuning.py [key=value ...] [--only 'rate*'] [--recipes w2a8_n4 w2a8_n64] [--seeds 0 1 2]
 
 key=value: a run's, as train.py takes them; by default ResNet-8, 8 wide, stem of stride 2, on Fashion-MNIST, one epoch. Of each
 seed the full-precision baseline is trained first and kept in runs/baselines; all lines start from it and see the same
@@ -98,7 +98,10 @@ VARIANTS = [
         for weight in (0, 0.5, 0.9, 1.0)
     ),
     Variant("distillation, temperature 2", ("trainer.distillation.temperature=2",)),
-    *(Variant(f"distillation of residual sums, {weight}", method=feature_distillation(weight)) for weight in (0.3, 3.0)),
+    *(
+        Variant(f"distillation of residual sums, {weight}", method=feature_distillation(weight))
+        for weight in (0.3, 3.0)
+    ),
     Variant("scales solved anew every step", method=resolved_every(1)),
     Variant("scales solved anew every 100 steps", method=resolved_every(100)),
     Variant("scales learned (LSQ)", method=learned_scales),
@@ -182,7 +185,9 @@ def line(name: str, results: Sequence[Result], reference: Sequence[Result]) -> s
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the run, as train.py takes them")
-    parser.add_argument("--only", nargs="+", default=["*"], help="lines' names, with wildcards; defaults are always there")
+    parser.add_argument(
+        "--only", nargs="+", default=["*"], help="lines' names, with wildcards; defaults are always there"
+    )
     parser.add_argument("--recipes", nargs="+", default=["w2a8_n4", "w2a8_n64"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--limit-train", type=int, help="images of the fine-tuning; the baseline is trained on all")

@@ -354,7 +354,7 @@ def layer_by_layer(share: float) -> Method:
 
 
 class _LearnedExponent(torch.autograd.Function):
-    """y = clamp(round(x / s)) · s with s = 2^round(e). Gradient to e: s·ln 2·(code − x/s) inside the range, s·ln 2·code outside."""
+    """y = clamp(round(x / s)) · s with s = 2^round(e). Gradient to e: s·ln 2·(code − x/s) in the range, s·ln 2·code outside."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, exponent: Tensor, low: int, high: int) -> Tensor:

