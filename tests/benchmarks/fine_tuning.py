@@ -97,6 +97,8 @@ VARIANTS = [
         Variant(f"distillation, weight {weight}", (f"trainer.distillation.weight={weight}",))
         for weight in (0, 0.5, 0.9, 1.0)
     ),
+    Variant("batches of 64", ("data.batch_size=64",)),
+    Variant("distillation 0.9, decay 0.0005", ("trainer.distillation.weight=0.9", "optim.weight_decay=0.0005")),
     Variant("distillation, temperature 2", ("trainer.distillation.temperature=2",)),
     *(
         Variant(f"distillation of residual sums, {weight}", method=feature_distillation(weight))
