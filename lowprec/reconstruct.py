@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from lowprec.calibrate import calibration_images, is_calibrated
 from lowprec.calibration.moments import moments
 from lowprec.calibration.statistics import correct_mean, statistics_of
-from lowprec.calibration.walk import Walk, attribute
+from lowprec.calibration.walk import Walk, attribute, call
 from lowprec.layers import QuantizedBatchNorm2d, QuantizedLayer
 from lowprec.numerics.compensation import (
     compensate_clusters,
@@ -89,12 +89,8 @@ class _ReconstructionWalk(Walk):
         if node.op == "get_attr":
             return [attribute(self.original, str(node.target))] * count
         arguments: list[Any] = [self._arguments(node, index) for index in range(count)]
-        if node.op == "call_method":
-            return [
-                getattr(positional[0], str(node.target))(*positional[1:], **named) for positional, named in arguments
-            ]
-        if node.op == "call_function":
-            return [node.target(*positional, **named) for positional, named in arguments]  # type: ignore[operator]
+        if node.op in ("call_method", "call_function"):
+            return [call(node, positional, named) for positional, named in arguments]
         module = self.original.get_submodule(str(node.target))
         if isinstance(module, QuantizedLayer):
             self.outputs = [module.before_norm(positional[0]) for positional, _ in arguments]
@@ -122,7 +118,7 @@ def fit_weights(layer: QuantizedLayer, inputs: list[Tensor], outputs: list[Tenso
     h_gKK = damped(found.h_gKK, damping)
     quantizer = layer.weight_quantizer
     if layer.scheme.bits == 8:
-        layer.weight.copy_(compensate_steps(target, h_gKK, _eight_bit_steps(layer, target)).weight)
+        layer.weight.copy_(compensate_steps(target, h_gKK, _eight_bit_steps(layer, target)))
         return
     fitted = compensate_clusters(target, h_gKK, quantizer.layout, layer.scheme.bits)
     if layer.scheme.planes == 1:

@@ -95,10 +95,7 @@ class Walk:
             return tuple(map(tensor_of, stored)) if isinstance(stored, tuple) else stored
 
         arguments, keywords = fx.map_arg((node.args, node.kwargs), lambda used: tensor_of(self.values[used][batch]))
-        if node.op == "call_method":
-            result = getattr(arguments[0], str(node.target))(*arguments[1:], **keywords)
-        else:
-            result = node.target(*arguments, **keywords)  # type: ignore[operator]
+        result = call(node, arguments, keywords)
         if not quantizers:
             return result  # a number, or a constant on its way to its quantizer
         if isinstance(result, Tensor):
@@ -114,6 +111,13 @@ class Walk:
         quantizer.set_exponent(exponent)
         log.debug("%s: exponent %d", name, exponent)
         return [_coded(quantize(output, quantizer.exponent, quantizer.codes), quantizer) for output in outputs]
+
+
+def call(node: fx.Node, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    """What a node gives that calls a function or a method."""
+    if node.op == "call_method":
+        return getattr(arguments[0], str(node.target))(*arguments[1:], **keywords)
+    return node.target(*arguments, **keywords)  # type: ignore[operator]
 
 
 def attribute(module: nn.Module, path: str) -> Any:

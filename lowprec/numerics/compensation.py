@@ -22,7 +22,7 @@ from torch import Tensor
 from lowprec.numerics.clusters import ClusterLayout
 from lowprec.numerics.effective_codes import FOUR_BIT_SHIFT
 from lowprec.numerics.fixed_point import SIGNED_8_BIT, round_half_even
-from lowprec.numerics.solvers import four_bit_codes, solve_four_bit, solve_ternary
+from lowprec.numerics.solvers import four_bit_codes, solve_four_bit, solve_ternary, ternary_codes
 
 # Passes of coordinate descent after the first one: more change little (1 % of the error).
 PASSES = 6
@@ -41,7 +41,7 @@ Block = tuple[slice, list[slice]]
 
 
 class CompensatedWeights(NamedTuple):
-    """weight [O, I, *kernel], float64: scale times code everywhere; scale: of ``layout.scale_shape``, or of the steps."""
+    """weight [O, I, *kernel], float64: scale times code everywhere; scale: of ``layout.scale_shape``."""
 
     weight: Tensor
     scale: Tensor
@@ -96,11 +96,10 @@ def compensate_clusters(weight: Tensor, h_gKK: Tensor, layout: ClusterLayout, bi
     return CompensatedWeights(quantized.reshape(weight.shape), scale.reshape(layout.scale_shape))
 
 
-def compensate_steps(weight: Tensor, h_gKK: Tensor, step: Tensor) -> CompensatedWeights:
-    """8-bit codes of ``weight`` [O, I, *kernel] on the given steps [O] (of either sign), for moments ``h_gKK``."""
-    start = _eight_bit(weight.double() / step.double().view(-1, *[1] * (weight.dim() - 1)), 0)
-    codes = _descend_steps(weight, h_gKK, step, start, _eight_bit)
-    return CompensatedWeights(step.double().view(-1, *[1] * (weight.dim() - 1)) * codes, step)
+def compensate_steps(weight: Tensor, h_gKK: Tensor, step: Tensor) -> Tensor:
+    """``weight`` [O, I, *kernel] as 8-bit codes times the given steps [O] (of either sign), for moments ``h_gKK``; float64."""
+    steps = step.double().view(-1, *[1] * (weight.dim() - 1))
+    return steps * _descend_steps(weight, h_gKK, step, _eight_bit(weight.double() / steps, 0), _eight_bit)
 
 
 def compensate_mantissas(
@@ -227,7 +226,7 @@ def _eight_bit(values: Tensor, column: int) -> Tensor:
 def _code(values: Tensor, scale: Tensor, bits: int) -> Tensor:
     if bits == 4:
         return four_bit_codes(values, scale)
-    return torch.sign(values) * ((values.abs() >= scale / 2) & (scale > 0))
+    return ternary_codes(values, torch.where(scale > 0, scale / 2, torch.inf))
 
 
 def _solved_scale(w_gOB: Tensor, bits: int) -> Tensor:

@@ -15,10 +15,12 @@ from lowprec.numerics.clusters import ClusterLayout
 from lowprec.numerics.compensation import (
     CompensatedWeights,
     compensate_clusters,
+    compensate_mantissas,
     compensate_steps,
     damped,
     ridge_target,
 )
+from lowprec.numerics.effective_codes import channel_exponents, effective_codes, mantissas
 from lowprec.numerics.fixed_point import SIGNED_8_BIT, round_half_even
 from lowprec.numerics.solvers import four_bit_codes, solve_four_bit, solve_ternary, ternary_codes
 
@@ -135,13 +137,36 @@ def test_eight_bit_weights_keep_their_steps() -> None:
     weight, h_gKK = weights(layout), correlated_moments(layout)
     step = torch.tensor([2.0**-5, -(2.0**-5), 0.03, 2.0**-4, -0.05, 2.0**-6], dtype=torch.float64)
     found = compensate_steps(weight, h_gKK, step)
-    codes = found.weight / step.view(-1, 1, 1, 1)
+    codes = found / step.view(-1, 1, 1, 1)
     assert float((codes - codes.round()).abs().max()) < 1e-9
     assert SIGNED_8_BIT.low <= float(codes.round().min()) < float(codes.round().max()) <= SIGNED_8_BIT.high
     rounded = step.view(-1, 1, 1, 1) * round_half_even(weight.double() / step.view(-1, 1, 1, 1)).clamp(-128, 127)
-    assert output_error(found.weight, weight, h_gKK) < output_error(rounded, weight, h_gKK)
+    assert output_error(found, weight, h_gKK) < output_error(rounded, weight, h_gKK)
     identity = torch.eye(80, dtype=torch.float64)[None]
-    torch.testing.assert_close(compensate_steps(weight, identity, step).weight, rounded)
+    torch.testing.assert_close(compensate_steps(weight, identity, step), rounded)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_four_bit_codes_are_settled_with_the_mantissas_that_ship(layout: ClusterLayout) -> None:
+    weight, h_gKK = weights(layout), correlated_moments(layout)
+    fitted = compensate_clusters(weight, h_gKK, layout, 4)
+    gain = torch.linspace(-1.6, 2.1, weight.shape[0], dtype=torch.float64).view(-1, 1, 1, 1)
+    scale = fitted.scale * gain
+    exponent = channel_exponents(scale, 4)
+    mantissa = mantissas(scale, exponent, 4)
+    codes = layout.merge(four_bit_codes(layout.split(fitted.weight), fitted.scale))
+    step = torch.exp2(exponent.double()) / gain.flatten()
+
+    def shipped(codes: Tensor) -> Tensor:
+        effective = layout.merge(effective_codes(layout.split(codes), mantissa, 4))
+        return effective * step.view(-1, *[1] * (weight.dim() - 1))
+
+    settled = compensate_mantissas(weight, h_gKK, step, mantissa, codes, layout)
+    assert torch.equal(settled, settled.round().clamp(-7, 7))
+    assert output_error(shipped(settled), weight, h_gKK) <= output_error(shipped(codes), weight, h_gKK)
+    silent = mantissa.clone()
+    silent[0] = 0
+    assert torch.equal(compensate_mantissas(weight, h_gKK, step, silent, codes, layout)[0], codes[0])
 
 
 def test_the_ridge_target_solves_its_equations_and_stays_near_the_weights() -> None:
