@@ -44,7 +44,7 @@ def test_the_table_compares_each_line_with_the_defaults(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    lines = ["rate 0.03", "dampening 0.1", "freezing at 1% flips", "batch norm re-estimated"]
+    lines = ["rate 0.01", "dampening 0.1", "freezing at 1% flips", "batch norm re-estimated"]
     options = ["--recipes", "w2a8_n4", "--seeds", "0", "--limit-train", "256", "--only", *lines]
     fine_tuning.main([*SMALL, "calibration.images=32", *options])
     rows = [row for row in capsys.readouterr().out.splitlines() if row.endswith("x")]
