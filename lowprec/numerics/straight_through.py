@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lowprec.numerics.fixed_point import CodeRange, round_half_even
+from lowprec.numerics.fixed_point import CodeRange, round_half_even_
 
 
 class StraightThroughWeight(torch.autograd.Function):
@@ -39,11 +39,12 @@ class StraightThroughActivation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
         wide = values.float() if values.dtype == torch.float16 else values
-        unclamped = round_half_even(wide / scale)
+        # In place where nothing else holds the tensor: a pass over activations costs as much as it moves memory.
+        unclamped = round_half_even_(wide / scale)
         codes = unclamped.clamp(low, high)
         ctx.save_for_backward(codes == unclamped)
         ctx.dtype = values.dtype
-        return codes * scale
+        return codes.mul_(scale)
 
     @staticmethod
     @once_differentiable
