@@ -2,9 +2,9 @@
 
 The blocks are the paper's (section 3): a 1×1 convolution that widens, a depthwise 3×3 convolution, a 1×1 convolution that
 narrows and has no activation, ReLU6 in between, and a shortcut where the shape stays. The table of blocks is for images of
-28×28 or 32×32: the paper's first four stages, fewer blocks and two strides less, and a 1×1 convolution, global average pooling and a
-linear classifier behind them. So a network consists of convolutions, batch norms, ReLU6s, additions, one pooling and one
-linear layer, and nothing else.
+28×28 or 32×32: the paper's first four stages with fewer blocks and strides, then a 1×1 convolution, global average pooling
+and a linear classifier. So a network consists of convolutions, batch norms, ReLU6s, additions, one pooling and one linear
+layer, and nothing else.
 """
 
 from collections import OrderedDict
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 __all__ = ["CifarMobileNetV2"]
 
-# Expansion, channels at width 1, blocks and stride of the first block; an image of 32×32 ends at 8×8, or at 4×4 with a
-# stem of stride 2.
+# Expansion, channels at width 1, blocks and stride of the first block; an image of 32×32 ends at 8×8, or at 4×4 with a stem of
+# stride 2.
 STAGES = ((1, 16, 1, 1), (6, 24, 1, 2), (6, 32, 2, 1), (6, 64, 2, 2))
 STEM_CHANNELS = 32
 LAST_CHANNELS = 256

@@ -89,5 +89,7 @@ class OneSize(nn.Module):
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_model_of_another_image_size_is_refused_also_from_shapes_alone(device: str) -> None:
-    with pytest.raises(TracingError, match=r"OneSize itself fails .*\[2, 3, 8, 8\]: Input height \(8\) .* model \(10\)"):
+    with pytest.raises(
+        TracingError, match=r"OneSize itself fails .*\[2, 3, 8, 8\]: Input height \(8\) .* model \(10\)"
+    ):
         lowprec.prepare(OneSize().eval().to(device), "w8a8", IMAGES.to(device))
