@@ -136,6 +136,15 @@ def test_data_of_ones_own_needs_its_folder_but_not_for_costs() -> None:
     assert compose_run(["data=image_folder", "task=cost", "data.num_classes=7"], CONFIG_FOLDER).data.num_classes == 7
 
 
+@pytest.mark.parametrize(
+    ("argument", "key"),
+    [("in_chans", "data.in_channels"), ("num_classes", "data.num_classes"), ("pretrained", "model.pretrained")],
+)
+def test_what_another_key_says_is_no_argument_of_the_model(argument: str, key: str) -> None:
+    message = mistake(f"+model.arguments.{argument}=1")
+    assert message.startswith(f"model.arguments.{argument}=1: {key} "), message
+
+
 def test_rules_come_through_and_are_checked() -> None:
     config = compose_run(["quant.rules=[{pattern: 'layer3.*', bits: 4}]"], CONFIG_FOLDER)
     assert config.recipe.rules[0].bits == 4

@@ -141,6 +141,27 @@ def test_costs_are_known_from_shapes_alone(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(("model", "macs"), [("cifar_mobilenetv2", 1_097_456), ("vit_small_images", 3_541_120)])
+def test_costs_of_the_small_networks(model: str, macs: int) -> None:
+    """Depthwise convolutions, and attention: both are prepared as their configuration stands."""
+    costs = run(compose("experiment=custom", "data=fashion_mnist", f"model={model}", "task=cost"))
+    assert costs["macs"] == macs
+    assert costs["integer_mac_share"] == 1.0
+
+
+@pytest.mark.parametrize("model", ["cifar_mobilenetv2", "vit_small_images"])
+def test_small_networks_go_through_all_stages(model: str, tmp_path: Path) -> None:
+    """The transformer's softmax is in float, so its codes may differ; the other's may not."""
+    small = ["data.limit_train=256", "data.limit_test=32", "baseline.max_epochs=1", "baseline.optim.warmup_epochs=0"]
+    small += ["baseline.optim.name=adamw", "baseline.optim.learning_rate=1e-3", "trainer.max_epochs=0"]
+    summary = run(
+        compose("experiment=custom", "data=fashion_mnist", f"model={model}", f"runs_dir={tmp_path}", *small, *SMALL)
+    )
+    assert summary["integer"] == summary["post_training"]
+    if model == "cifar_mobilenetv2":
+        assert summary["verify"]["mismatched_codes"] == 0
+
+
 def test_costs_need_the_number_of_classes() -> None:
     from lowprec.config import ConfigError
 

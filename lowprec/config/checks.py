@@ -27,6 +27,17 @@ from lowprec.config.schema import (
 )
 from lowprec.recipe import RecipeError
 
+# Arguments of models that other keys set.
+KEYS_OF_ARGUMENTS = {
+    "name": "model.name",
+    "model_name": "model.name",
+    "pretrained": "model.pretrained",
+    "weights": "model.pretrained",
+    "num_classes": "data.num_classes",
+    "in_channels": "data.in_channels",
+    "in_chans": "data.in_channels",
+}
+
 
 def check(config: RunConfig) -> None:
     """Raises ConfigError for the first value that no run can have."""
@@ -38,6 +49,7 @@ def check(config: RunConfig) -> None:
     ):
         raise ConfigError(f"run_id={config.run_id!r}: give a folder name of letters, digits and . , + _ -")
     _require("seed", config.seed, 0 <= config.seed < 2**32, "a whole number from 0 to 2^32 - 1")
+    _check_model(config)
     _check_data(config)
     _check_training(config)
     _check_export(config)
@@ -53,6 +65,13 @@ def check(config: RunConfig) -> None:
             f"budget.{config.budget.name}={config.budget.value:g}: task=cost reads no data, so it assigns nothing; "
             "recipe_file=PATH takes the recipe.yaml that a run with this budget leaves"
         )
+
+
+def _check_model(config: RunConfig) -> None:
+    for argument, key in KEYS_OF_ARGUMENTS.items():
+        if argument in config.model.arguments:
+            value = config.model.arguments[argument]
+            raise ConfigError(f"model.arguments.{argument}={value!r}: {key} says that, for the whole run")
 
 
 def _check_data(config: RunConfig) -> None:

@@ -1,4 +1,4 @@
-"""Models by name: ``cifar_resnet20`` is ours, any other bare name is timm's or else torchvision's."""
+"""Models by name: ``cifar_resnet20`` and the like are ours, any other bare name is timm's or else torchvision's."""
 
 import difflib
 import fnmatch
@@ -10,7 +10,7 @@ import timm
 import torchvision
 from torch import nn
 
-from lowprec.models import cifar_resnet
+from lowprec.models import cifar_mobilenet, cifar_resnet
 from lowprec.models.checkpoint import CheckpointError
 
 __all__ = ["create_model", "list_models"]
@@ -20,6 +20,7 @@ OWN_MODELS: dict[str, Callable[..., nn.Module]] = {
     "cifar_resnet20": cifar_resnet.resnet20,
     "cifar_resnet32": cifar_resnet.resnet32,
     "cifar_resnet56": cifar_resnet.resnet56,
+    "cifar_mobilenetv2": cifar_mobilenet.CifarMobileNetV2,
 }
 TIMM = "timm:"
 TORCHVISION = "torchvision:"
@@ -33,9 +34,9 @@ def create_model(
     """Build a classification model: float images [B, in_channels, H, W] -> logits [B, num_classes].
 
     Args:
-        name: ``cifar_resnet8`` … ``cifar_resnet56``, a timm name (``resnet50.a1_in1k``, tag optional) or a torchvision
-            name; ``timm:NAME`` and ``torchvision:NAME`` force one of the two where both have it.
-        num_classes: number of logits; None keeps the model's own (1000 for most, 10 for the CIFAR ResNets).
+        name: ``cifar_resnet8`` … ``cifar_resnet56``, ``cifar_mobilenetv2``, a timm name (``resnet50.a1_in1k``, tag
+            optional) or a torchvision name; ``timm:NAME`` and ``torchvision:NAME`` force one of the two where both have it.
+        num_classes: number of logits; None keeps the model's own (1000 for most, 10 for ours).
         in_channels: channels of the images.
         pretrained: load the name's own published weights (from the network or the library's cache).
         arguments: handed to the model's constructor as they are.
@@ -126,7 +127,7 @@ def _create_torchvision(
 ) -> nn.Module:
     if in_channels != 3:
         raise ValueError(
-            f"torchvision:{name} takes images of 3 channels, not {in_channels}: use a model of timm or a cifar_resnet"
+            f"torchvision:{name} takes images of 3 channels, not {in_channels}: use a model of timm or one of ours (cifar_*)"
         )
     weights = torchvision.models.get_model_weights(name).DEFAULT
     pretrained_classes = len(weights.meta["categories"])
@@ -154,12 +155,12 @@ def _create_torchvision(
 
 
 def _construct(name: str, constructor: Callable[..., nn.Module], arguments: dict[str, Any]) -> nn.Module:
-    """Call ``constructor``; an argument that it does not know becomes an error that names the model."""
+    """Call ``constructor``; an argument that it does not know or cannot use becomes an error that names the model."""
     try:
         return constructor(**arguments)
-    except TypeError as error:
+    except (TypeError, AssertionError, ArithmeticError) as error:
         if "unexpected keyword argument" not in str(error):
-            raise
+            raise ValueError(f"model {name} cannot be built with {arguments}: {error}") from error
         parameters = inspect.signature(constructor).parameters.values()
         named = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
         # A constructor that passes **kwargs on does not tell their names.

@@ -73,3 +73,23 @@ def test_outputs_that_are_not_finite_are_told() -> None:
         model[4].weight.fill_(3e38)
     with pytest.raises(TracingError, match="Sequential itself gives infinite or NaN outputs in eval mode"):
         lowprec.prepare(model, "w8a8", IMAGES)
+
+
+class OneSize(nn.Module):
+    """Asserts the size of its images, as timm's patches do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        torch._assert(images.shape[2] == 10, f"Input height ({images.shape[2]}) doesn't match model (10)")
+        return self.conv(images).mean((2, 3))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_model_of_another_image_size_is_refused_also_from_shapes_alone(device: str) -> None:
+    with pytest.raises(
+        TracingError, match=r"OneSize itself fails .*\[2, 3, 8, 8\]: Input height \(8\) .* model \(10\)"
+    ):
+        lowprec.prepare(OneSize().eval().to(device), "w8a8", IMAGES.to(device))

@@ -7,6 +7,7 @@ import torchvision
 from torch import nn
 
 from lowprec.models import CheckpointError, create_model, list_models, pretrained_data_config
+from lowprec.models.cifar_mobilenet import CifarMobileNetV2
 from lowprec.models.cifar_resnet import CifarResNet
 
 
@@ -14,6 +15,25 @@ def test_own_model() -> None:
     model = create_model("cifar_resnet20", num_classes=4, in_channels=1, stem_stride=2)
     assert isinstance(model, CifarResNet)
     assert model(torch.randn(2, 1, 28, 28)).shape == (2, 4)
+
+
+def test_own_mobilenet() -> None:
+    model = create_model("cifar_mobilenetv2", num_classes=4, in_channels=1, width=0.5, stem_stride=2)
+    assert isinstance(model, CifarMobileNetV2)
+    assert model(torch.randn(2, 1, 28, 28)).shape == (2, 4)
+
+
+def test_arguments_reach_timms_vision_transformer() -> None:
+    size = {"img_size": 28, "patch_size": 7, "embed_dim": 12, "depth": 1, "num_heads": 2}
+    model = create_model("timm:vit_tiny_patch16_224", num_classes=4, in_channels=1, **size)
+    assert model(torch.randn(2, 1, 28, 28)).shape == (2, 4)
+
+
+@pytest.mark.parametrize("arguments", [{"num_heads": 5}, {"embed_dim": "wide"}, {"patch_size": 0}])
+def test_impossible_argument_names_model_and_arguments(arguments: dict) -> None:
+    ((argument, value),) = arguments.items()
+    with pytest.raises(ValueError, match=f"vit_tiny_patch16_224 cannot be built with .*'{argument}': {value!r}"):
+        create_model("timm:vit_tiny_patch16_224", **arguments)
 
 
 def test_bare_name_is_timms_first() -> None:
@@ -93,7 +113,8 @@ def test_own_models_have_no_published_weights() -> None:
 
 
 def test_list_models() -> None:
-    assert list_models("cifar_*") == ["cifar_resnet8", "cifar_resnet20", "cifar_resnet32", "cifar_resnet56"]
+    resnets = ["cifar_resnet8", "cifar_resnet20", "cifar_resnet32", "cifar_resnet56"]
+    assert list_models("cifar_*") == [*resnets, "cifar_mobilenetv2"]
     names = list_models("*resnet18*")
     assert {"resnet18", "torchvision:resnet18"} <= set(names)
     everything = list_models()
