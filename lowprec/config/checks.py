@@ -42,6 +42,9 @@ def check(config: RunConfig) -> None:
     _check_training(config)
     _check_export(config)
     _check_slurm(config)
+    images = config.report.images
+    _require("report.images", images, images is None or images > 0, "at least 1, or null for all")
+    _require("run", config.run, len(config.run) == 2 * (config.task == "compare"), "two runs, of task=compare: run=[a,b]")
     _require_choice("logger.mode", config.logger.mode, WANDB_MODES)
     try:
         config.recipe  # noqa: B018 - building it is the check
