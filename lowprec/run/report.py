@@ -41,9 +41,9 @@ def report_on(directory: RunDirectory, console: Console) -> None:
 
     Nothing in the folder but report.html changes, and nothing is trained. What cannot be measured is said in the report.
     """
-    content = run_content(directory)
-    write_run_report(content, directory.report_file)
-    console.print(f"report: {directory.report_file}")
+    console.print("report: layers, activations and classes, from the run's files")
+    write_run_report(run_content(directory), directory.report_file)
+    console.print(f"  {directory.report_file}")
 
 
 def run_content(directory: RunDirectory) -> RunContent:

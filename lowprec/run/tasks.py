@@ -105,11 +105,10 @@ def export_run(config: RunConfig, console: Console) -> Summary:
 
 
 def report_run(config: RunConfig, console: Console) -> Summary:
-    """Writes report.html of a run, finished or not; says how large it is."""
+    """Writes report.html of a run, finished or not; one file, which needs no network to be read."""
     directory = stored_run(config)
     directory.read_state()
     report_on(directory, console)
-    console.print(f"  {directory.report_file.stat().st_size:,} bytes, one file: no network is needed to read it")
     return {}
 
 

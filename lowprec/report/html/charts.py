@@ -20,7 +20,7 @@ class Chart:
     """A plot. spec: Vega-Lite's, with data by name. description: for those who do not see it.
 
     select: the id of the page's select element that chooses one of ``variants``: data that take the place of those of the
-    same name, and a caption. parameter: of the specification, set to what is chosen.
+    same name, and a caption; one whose first data are empty has no plot. parameter: of the specification, set to what is chosen.
     """
 
     spec: Row
@@ -31,14 +31,17 @@ class Chart:
 
     def content(self) -> Row:
         """What the page's script reads."""
-        variants = {name: {"datasets": data, "caption": caption} for name, (data, caption) in self.variants.items()}
+        variants = {
+            name: {"datasets": data, "caption": caption, "empty": not next(iter(data.values()))}
+            for name, (data, caption) in self.variants.items()
+        }
         return {"spec": self.spec, "select": self.select, "variants": variants, "parameter": self.parameter}
 
 
 def ladder_chart(rows: Sequence[tuple[str, float]]) -> Chart:
     """Top-1 of the forms of a model, in the order in which they come about."""
     names = [name for name, _ in rows]
-    x = {"field": "stage", "type": "nominal", "sort": names, "title": None, "axis": {"labelAngle": 0, "labelLimit": 90}}
+    x = {"field": "stage", "type": "nominal", "sort": names, "title": None, "axis": {"labelAngle": -25}}
     y = {**quantitative("top1", "top-1"), "axis": {"format": ".2%"}, "scale": {"zero": False, "padding": 14}}
     label = {"mark": {"type": "text", "dy": -12}, "encoding": {"text": {"field": "top1", "format": ".2%"}}}
     spec = {
@@ -46,9 +49,27 @@ def ladder_chart(rows: Sequence[tuple[str, float]]) -> Chart:
         "datasets": {"rows": [{"stage": name, "top1": value} for name, value in rows]},
         "height": 200,
         "encoding": {"x": x, "y": y},
-        "layer": [{"mark": {"type": "line", "point": {"size": 80}}}, label],
+        "layer": [{"mark": {"type": "line", "opacity": 0.4}}, {"mark": {"type": "point", "filled": True, "size": 80}}, label],
     }
     return Chart(spec, "Top-1 by stage: " + ", ".join(f"{name} {value:.2%}" for name, value in rows))
+
+
+def ladder_comparison_chart(rows: Rows, stages: Sequence[str]) -> Chart:
+    """Top-1 by stage of several runs: rows of ``run``, ``stage`` and ``top1``."""
+    spec = {
+        "data": {"name": "rows"},
+        "datasets": {"rows": rows},
+        "height": 300,
+        "mark": {"type": "line", "point": {"size": 80}, "strokeWidth": 1.5},
+        "encoding": {
+            "x": {"field": "stage", "type": "nominal", "sort": list(stages), "title": None, "axis": {"labelAngle": -25}},
+            "y": {**quantitative("top1", "top-1"), "axis": {"format": ".2%"}, "scale": {"zero": False, "padding": 14}},
+            "color": {"field": "run", "type": "nominal", "title": None},
+            "strokeDash": {"field": "run", "type": "nominal", "title": None},
+            "tooltip": tooltips("run", "stage", ("top1", ".2%")),
+        },
+    }
+    return Chart(spec, "Top-1 by stage of both runs")
 
 
 def depth_chart(layers: Sequence[LayerStatistics]) -> Chart:
@@ -101,7 +122,7 @@ def weight_chart(layers: Sequence[LayerStatistics]) -> Chart:
     line = {
         "data": {"name": "full_precision"},
         "mark": {"type": "line", "interpolate": "step-after", "strokeWidth": 1.5, "style": "text-line"},
-        "encoding": {"x": quantitative("low", None), "y": quantitative("count", None)},
+        "encoding": {"x": quantitative("low", "latent weight"), "y": quantitative("count", "weights")},
     }
     spec = {"datasets": {"weights": [], "full_precision": []}, "height": 240, "layer": [bars, line]}
     return Chart(spec, "Histogram of the chosen layer's weights by the sign of their codes", "layer", variants)
@@ -131,7 +152,7 @@ def scale_chart(layers: Sequence[LayerStatistics]) -> Chart:
     frame = {
         "data": {"name": "ends"},
         "mark": {"type": "rule", "opacity": 0},
-        "encoding": {"x": {"field": "low", "type": "quantitative"}, "x2": {"field": "high"}},
+        "encoding": {"x": quantitative("low", "± scale, ± threshold"), "x2": {"field": "high"}},
     }
     spec = {"datasets": {"clusters": [], "ends": []}, "height": 130, "layer": [bars, frame]}
     return Chart(spec, "Clusters of the chosen layer by scale and threshold", "layer", variants)
@@ -157,14 +178,18 @@ def activation_chart(tensors: Sequence[TensorStatistics]) -> Chart:
         "encoding": {
             "x": {"field": "low", "bin": {"binned": True}, "type": "quantitative", "title": "value"},
             "x2": {"field": "high"},
-            "y": {**quantitative("count", "values (log)"), "scale": {"type": "symlog"}, "axis": {"format": "~s"}},
+            "y": {
+                **quantitative("count", "values (log)"),
+                "scale": {"type": "symlog"},
+                "axis": {"values": [0, *(10**power for power in range(10))], "format": ".0s"},
+            },
             "color": _codes_colour(["within range", "clipped"], "where"),
         },
     }
     rules = {
         "data": {"name": "ends"},
         "mark": {"type": "rule", "strokeDash": [5, 3], "strokeWidth": 1.5, "style": "text-line"},
-        "encoding": {"x": quantitative("end", None), "tooltip": tooltips("name", ("end", "g"))},
+        "encoding": {"x": quantitative("end", "value"), "tooltip": tooltips("name", ("end", "g"))},
     }
     spec = {"datasets": {"values": [], "ends": []}, "height": 240, "layer": [bars, rules]}
     return Chart(spec, "Histogram of the chosen activation tensor with its range", "tensor", variants)
@@ -225,7 +250,7 @@ def sensitivity_chart(sensitivity: Mapping[str, Any]) -> Chart:
     spec = {
         "data": {"name": "rows"},
         "datasets": {"rows": [{key: row[key] for key in keys} for row in found]},
-        "height": {"step": 20},
+        "height": 20 * len(order) + 90,
         "mark": {"type": "point", "filled": True, "size": 70},
         "encoding": {
             "y": {"field": "layer", "type": "nominal", "sort": order, "title": None, "axis": {"grid": True}},
@@ -253,7 +278,7 @@ def confusion_chart(classes: ClassStatistics) -> Chart:
     spec = {
         "data": {"name": "rows"},
         "datasets": {"rows": rows},
-        "height": {"step": 24},
+        "height": 24 * len(names) + 90,
         "encoding": {
             "x": {**_classes("found", names), "title": "class of the quantized model", "axis": {"labelAngle": -40}},
             "y": {**_classes("label", names), "title": "label"},

@@ -71,6 +71,8 @@ def write_run_report(content: RunContent, path: Path) -> None:
         verdict=verdict(content),
         cost_rows=[] if cost is None else cost_rows(cost),
         layers=content.layers,
+        # The first that has clusters.
+        chosen_layer=next((layer.name for layer in content.layers if layer.weights.scales is not None), ""),
         tensors={tensor.name: tensor for tensor in content.tensors},
         confusions=confusions(content.classes),
         pictures=_pictures(content.classes),

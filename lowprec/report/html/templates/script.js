@@ -19,11 +19,11 @@
       legend: { labelColor: text, titleColor: text, orient: "top", labelFontSize: 12, labelLimit: 240 },
       range: { category: series },
       text: { color: text },
-      line: { color: first }, point: { color: first }, bar: { color: first }, rect: { color: first },
+      mark: { color: first },
       style: {
-        "text-line": { stroke: text, color: text },
-        "background-line": { stroke: colour("background-line"), strokeWidth: 1 },
-        heat: { fill: colour("second") },
+        "text-line": { color: text },
+        "background-line": { color: colour("background-line"), strokeWidth: 1 },
+        heat: { color: colour("second") },
       },
     };
   }
@@ -32,13 +32,12 @@
     const figure = figures[name];
     const place = document.getElementById(`chart-${name}`);
     const spec = { width: "container", autosize: { type: "fit", contains: "padding" }, ...figure.spec };
-    // Heights given by the step grow with the rows; only the width is to fit then.
-    if (typeof spec.height === "object") spec.autosize = { type: "fit-x", contains: "padding" };
     const choice = figure.select && document.getElementById(figure.select).value;
     if (figure.variants[choice]) spec.datasets = { ...spec.datasets, ...figure.variants[choice].datasets };
     if (figure.parameter) spec.params = [{ name: figure.parameter, value: choice }];
     drawn.get(name)?.finalize();
-    drawn.set(name, await vegaEmbed(place, spec, { renderer: "svg", actions: false, config: theme() }));
+    place.hidden = figure.variants[choice]?.empty ?? false;
+    if (!place.hidden) drawn.set(name, await vegaEmbed(place, spec, { renderer: "svg", actions: false, config: theme() }));
     caption(name, choice);
     place.dataset.drawn = choice || "yes";
   }
@@ -50,13 +49,16 @@
 
   async function choose(name, choice) {
     const figure = figures[name];
-    const view = drawn.get(name)?.view;
-    if (!view) return;
+    const place = document.getElementById(`chart-${name}`);
+    if (!place.dataset.drawn) return;
+    // What had nothing to show has no size until it is drawn anew.
+    if (place.hidden || figure.variants[choice]?.empty) return draw(name);
+    const view = drawn.get(name).view;
     for (const [data, rows] of Object.entries(figure.variants[choice]?.datasets ?? {})) view.data(data, rows);
     if (figure.parameter) view.signal(figure.parameter, choice);
     await view.runAsync();
     caption(name, choice);
-    document.getElementById(`chart-${name}`).dataset.drawn = choice;
+    place.dataset.drawn = choice;
   }
 
   // Plots are drawn when they come near the window, so that the page is there at once.
