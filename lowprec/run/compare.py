@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,12 +23,15 @@ def compare_runs(config: RunConfig, console: Console) -> Summary:
         ConfigError: there is no such run. RunFileError: its config.yaml or run.json is damaged.
     """
     first, second = (compared_run(config, name) for name in config.run)
+    if first.name == second.name:
+        # Of other folders: their names are longer then.
+        first, second = (replace(run, name=name) for run, name in zip((first, second), config.run, strict=True))
     if setting_differences(first, second):
         console.print(setting_table(first, second))
     else:
         console.print("the configurations do not differ in anything that results depend on")
     console.print(figure_table(first, second))
-    path = Path(config.runs_dir) / "comparisons" / f"{first.name}_and_{second.name}.html"
+    path = Path(config.runs_dir) / "comparisons" / f"{_file_name(first)}_and_{_file_name(second)}.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_comparison(first, second, path)
     console.print(f"side by side, with curves: {path}")
@@ -48,3 +52,7 @@ def compared_run(config: RunConfig, name: str) -> ComparedRun:
     )
     metrics = read_metrics(directory.path / "metrics.csv")
     return ComparedRun(path.name, summary, identity(stored), metrics, directory.finished)
+
+
+def _file_name(run: ComparedRun) -> str:
+    return re.sub(r"[^\w.,+-]+", "_", run.name)

@@ -9,6 +9,9 @@ from lowprec.report.html.charts import Chart, Row, quantitative, tooltips
 from lowprec.report.html.page import write_page
 from lowprec.report.sweep import TrialRecord, pareto_front, short_key, tried_keys
 
+# Of an axis' height, between two of its values that are written.
+_TICK_DISTANCE = 0.06
+
 
 def write_sweep_report(records: Sequence[TrialRecord], title: str, path: Path) -> None:
     """Writes the report of the trials to ``path``, whole or not at all; failed and running ones are in its table."""
@@ -38,8 +41,8 @@ def sweep_charts(records: Sequence[TrialRecord]) -> dict[str, Chart]:
     charts = {}
     if any(record.multiplications_replaced is not None for record in drawn):
         charts["pareto"] = _pareto_chart(records, drawn)
-    if drawn and differing_keys(records):
-        charts["parallel"] = _parallel_chart(records, drawn)
+    if differing_keys(drawn):
+        charts["parallel"] = _parallel_chart(drawn)
     return charts
 
 
@@ -90,9 +93,9 @@ def _pareto_chart(records: Sequence[TrialRecord], drawn: Sequence[TrialRecord]) 
     return Chart(spec, f"Top-1 against multiplications replaced; on the Pareto front are the trials {names}")
 
 
-def _parallel_chart(records: Sequence[TrialRecord], drawn: Sequence[TrialRecord]) -> Chart:
+def _parallel_chart(drawn: Sequence[TrialRecord]) -> Chart:
     """A line for each trial, an axis for each key that was tried and for what came of it."""
-    keys = differing_keys(records)
+    keys = differing_keys(drawn)
     axes: list[tuple[str, list[float | str | None]]] = [
         (short_key(key, keys), [record.overrides.get(key) for record in drawn]) for key in keys
     ]
@@ -102,12 +105,7 @@ def _parallel_chart(records: Sequence[TrialRecord], drawn: Sequence[TrialRecord]
     ticks: list[Row] = []
     for name, values in axes:
         heights = _heights(values)
-        ticks += [
-            {"axis": name, "height": height, "value": _written(value)}
-            for value, height in dict(zip(map(str, values), heights, strict=True)).items()
-            # Of many numbers the ends say enough.
-            if len(set(values)) <= 8 or height in (0.0, 1.0)
-        ]
+        ticks += [{"axis": name, "height": height, "value": text} for height, text in _ticks(values, heights)]
         rows += [
             {"trial": record.number, "axis": name, "height": height, "top1": record.top1, "tried": _tried(record, keys)}
             for record, height in zip(drawn, heights, strict=True)
@@ -126,7 +124,7 @@ def _parallel_chart(records: Sequence[TrialRecord], drawn: Sequence[TrialRecord]
                     "x": x,
                     "y": y,
                     "detail": {"field": "trial"},
-                    "color": {**quantitative("top1", "top-1"), "legend": {"format": ".1%"}, "scale": {"zero": False}},
+                    "color": {**quantitative("top1", "top-1"), "legend": {"format": ".1%", "gradientLength": 200, "tickCount": 3}, "scale": {"zero": False}},
                     "tooltip": tooltips("trial", "tried", ("top1", ".2%")),
                 },
             },
@@ -149,6 +147,15 @@ def _heights(values: Sequence[float | str | None]) -> list[float]:
         places = [float(order.index(value)) for value in values]
     low, high = min(places), max(places)
     return [0.5 if high == low else (place - low) / (high - low) for place in places]
+
+
+def _ticks(values: Sequence[float | str | None], heights: Sequence[float]) -> list[tuple[float, str]]:
+    """Heights and texts of an axis, from both ends to the middle, without those that would lie on one already there."""
+    ticks: list[tuple[float, str]] = []
+    for height, value in sorted(zip(heights, map(str, values), strict=True), key=lambda item: -abs(item[0] - 0.5)):
+        if all(abs(height - other) >= _TICK_DISTANCE for other, _ in ticks):
+            ticks.append((height, _written(value)))
+    return ticks
 
 
 def _written(value: str) -> str:

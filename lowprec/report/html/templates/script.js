@@ -17,7 +17,7 @@
         labelFontSize: 12, titleFontSize: 12, titleFontWeight: 500 },
       axisY: { minExtent: 44 },
       legend: { labelColor: text, titleColor: text, orient: "top", labelFontSize: 12, labelLimit: 240 },
-      range: { category: series },
+      range: { category: series, ramp: [colour("background-line"), first], heatmap: [colour("background-line"), first] },
       text: { color: text },
       mark: { color: first },
       style: {
@@ -69,7 +69,14 @@
       draw(entry.target.dataset.chart);
     }
   }, { rootMargin: "600px" });
-  for (const place of document.querySelectorAll("[data-chart]")) observer.observe(place);
+
+  // The plots' library takes longest of all: it is run once the page is shown.
+  addEventListener("load", () => requestAnimationFrame(() => setTimeout(() => {
+    const library = document.createElement("script");
+    library.textContent = document.getElementById("plot-library").textContent;
+    document.head.append(library);
+    for (const place of document.querySelectorAll("[data-chart]")) observer.observe(place);
+  })));
 
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
     for (const name of drawn.keys()) draw(name);
