@@ -95,7 +95,11 @@ def test_schemes_have_their_names_and_only_clusters_have_scales() -> None:
     assert planes.scales is not None
     # Both planes' scales.
     assert sum(planes.scales.counts) == 2 * 6 * 2
-    assert (found["0"].flips, found["0"].weight_signal_to_noise, found["0"].output_signal_to_noise) == (None, None, None)
+    assert (found["0"].flips, found["0"].weight_signal_to_noise, found["0"].output_signal_to_noise) == (
+        None,
+        None,
+        None,
+    )
     assert (found["3"].tensor, found["8"].tensor) == ("3", None)
 
 
@@ -115,7 +119,9 @@ def test_tensors_are_measured_as_they_are_rounded_over_all_batches() -> None:
     clipped = (rounded < -128) | (rounded > 127)
     assert found.clipped == int(clipped.sum()) / images.numel() > 0
     noise = float((images.double() - rounded.clamp(-128, 127) * step).square().sum())
-    assert found.signal_to_noise == pytest.approx(10 * math.log10(float(images.double().square().sum()) / noise), rel=1e-9)
+    assert found.signal_to_noise == pytest.approx(
+        10 * math.log10(float(images.double().square().sum()) / noise), rel=1e-9
+    )
     for name, tensor in whole.items():
         assert parts[name].histogram == tensor.histogram
         assert (parts[name].clipped, parts[name].minimum) == (tensor.clipped, tensor.minimum)

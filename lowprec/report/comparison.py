@@ -10,6 +10,7 @@ from rich.table import Table
 
 from lowprec.report.summary import TOP1_ROWS, Summary
 
+ABSENT = "not there"
 _COSTS = (
     ("multiplications_replaced", "multiplications replaced", True),
     ("weight_bits", "bits per weight", False),
@@ -50,12 +51,9 @@ class Figure:
 
     def texts(self) -> tuple[str, str, str]:
         """Both values and the difference, as they are shown."""
-        difference = self.difference
-        if difference is None:
-            change = ""
-        else:
-            change = f"{100 * difference:+.2f} points" if self.share else _number(difference, "+")
-        return self._text(self.values[0]), self._text(self.values[1]), change
+        change = self.difference
+        written = "" if change is None else f"{100 * change:+.2f} points" if self.share else _number(change, "+")
+        return self._text(self.values[0]), self._text(self.values[1]), written
 
     def _text(self, value: float | None) -> str:
         if value is None:
@@ -133,6 +131,3 @@ def _written(settings: Mapping[str, Any], key: str) -> str:
         return ABSENT
     value = settings[key]
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-ABSENT = "not there"

@@ -80,7 +80,9 @@ def pareto_front(records: Sequence[TrialRecord]) -> list[TrialRecord]:
         if record.status == "finished" and record.multiplications_replaced is not None and record.top1 is not None
     ]
     front: list[TrialRecord] = []
-    for record in sorted(finished, key=lambda item: (-(item.multiplications_replaced or 0), -(item.top1 or 0), item.number)):
+    for record in sorted(
+        finished, key=lambda item: (-(item.multiplications_replaced or 0), -(item.top1 or 0), item.number)
+    ):
         if not front or (record.top1 or 0) > (front[-1].top1 or 0):
             front.append(record)
     return front[::-1]

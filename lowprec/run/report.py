@@ -23,7 +23,7 @@ from lowprec.models import CheckpointError, load_checkpoint
 from lowprec.prepare import full_precision, prepare
 from lowprec.report.html.run_page import RunContent, write_run_report
 from lowprec.report.measurements import ClassStatistics
-from lowprec.report.summary import Summary, build_summary
+from lowprec.report.summary import build_summary
 from lowprec.run.data import run_data
 from lowprec.run.directory import RunDirectory
 from lowprec.run.full_precision import baseline_file, build_model, full_precision_model
@@ -50,7 +50,9 @@ def run_content(directory: RunDirectory) -> RunContent:
     """What the report shows, measured from the run's checkpoints and read from its files."""
     config, results = directory.config, directory.state["results"]
     names = {"experiment": config.experiment, "model": config.model.name, "data": config.data.name}
-    recipe = config.recipe.name if config.budget.given and not directory.recipe_file.is_file() else directory.recipe.name
+    recipe = (
+        config.recipe.name if config.budget.given and not directory.recipe_file.is_file() else directory.recipe.name
+    )
     content = RunContent(
         name=directory.path.name,
         summary=build_summary(
@@ -67,7 +69,9 @@ def run_content(directory: RunDirectory) -> RunContent:
     if directory.sensitivity_file.is_file():
         content.sensitivity = json.loads(directory.sensitivity_file.read_text())
     else:
-        content.missing["sensitivity"] = "Not measured: the same command with task=sensitivity does it, then task=report."
+        content.missing["sensitivity"] = (
+            "Not measured: the same command with task=sensitivity does it, then task=report."
+        )
     try:
         _measure(content, directory)
     except (DataError, CheckpointError) as error:
@@ -97,7 +101,11 @@ def _measure(content: RunContent, directory: RunDirectory) -> None:
         if (best := directory.checkpoints / BEST).is_file():
             codes_before = weight_codes(qmodel)
             load_checkpoint(qmodel, best)
-            done = "The fine-tuned weights" if content.summary["fine_tuned"] else "The best weights of the fine-tuning so far"
+            done = (
+                "The fine-tuned weights"
+                if content.summary["fine_tuned"]
+                else "The best weights of the fine-tuning so far"
+            )
             content.weights_of = f"{done}, as they {'were' if content.finished else 'would be'} shipped"
         costs = cost(qmodel, example)
         content.estimates = asdict(estimates(costs))

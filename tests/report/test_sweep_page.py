@@ -13,7 +13,9 @@ from lowprec.report.html.sweep_page import sweep_charts, write_sweep_report
 from lowprec.report.sweep import TrialRecord, pareto_front
 
 
-def trial(number: int, replaced: float | None, top1: float | None, status: str = "finished", **tried: str) -> TrialRecord:
+def trial(
+    number: int, replaced: float | None, top1: float | None, status: str = "finished", **tried: str
+) -> TrialRecord:
     values: dict[str, Any] = {"post_training": None if top1 is None else top1 - 0.1, "fine_tuned": top1}
     return TrialRecord(number, f"runs/{number}", tried, status, multiplications_replaced=replaced, **values)
 
@@ -56,7 +58,9 @@ def test_the_plots_hold_the_records_own_numbers() -> None:
     records = [trial(0, 0.9, 0.8, n="4"), trial(1, 0.5, 0.7, n="64"), trial(2, None, None, "failed", n="1")]
     charts = sweep_charts(records)
     points = charts["pareto"].spec["datasets"]["trials"]
-    assert [(point["trial"], point["replaced"], point["top1"]) for point in points if point["stage"].startswith("after")] == [
+    assert [
+        (point["trial"], point["replaced"], point["top1"]) for point in points if point["stage"].startswith("after")
+    ] == [
         (0, 0.9, 0.8),
         (1, 0.5, 0.7),
     ]

@@ -66,8 +66,8 @@ def test_two_runs_by_name_and_by_folder(
     assert output.index("quant.weights.cluster_size") < output.index("full precision")
     assert "optim.learning_rate" not in output
     page = (runs / "comparisons" / "digits_smoke_and_other.html").read_text()
-    assert page.index("How the configurations differ") < page.index("Results")
-    assert "<th scope=\"row\">quant.weights.cluster_size</th><td>4</td><td>8</td>" in page
+    assert page.index('<section id="settings"') < page.index('<section id="results"')
+    assert '<th scope="row">quant.weights.cluster_size</th><td>4</td><td>8</td>' in page
     assert "other is not finished" in page
     assert "digits_smoke is not finished" not in page
     assert sorted(path.name for path in other.iterdir()) == before
@@ -95,5 +95,7 @@ def test_runs_are_for_comparing_alone() -> None:
 
 
 def test_a_run_that_is_not_there_is_named(digits_run: FinishedRun, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_to_exit_code(compose("task=compare", "run=[digits_smoke,nothing]", f"runs_dir={digits_run.runs_dir}")) == 2
+    assert (
+        run_to_exit_code(compose("task=compare", "run=[digits_smoke,nothing]", f"runs_dir={digits_run.runs_dir}")) == 2
+    )
     assert "there is no run in" in capsys.readouterr().err

@@ -74,7 +74,9 @@ def test_a_run_ends_with_one_self_contained_file(digits_run: FinishedRun) -> Non
     assert set(page.values("href")) == {"data:,", "#main", *(f"#{name}" for name in SECTIONS)}
     assert all(source.startswith("data:image/png;base64,") for source in page.values("src"))
     # The browser itself refuses whatever would be fetched, and no element carries a script of its own.
-    policies = [attributes for _, attributes in page.elements if attributes.get("http-equiv") == "Content-Security-Policy"]
+    policies = [
+        attributes for _, attributes in page.elements if attributes.get("http-equiv") == "Content-Security-Policy"
+    ]
     assert "default-src 'none'" in (policies[0]["content"] or "")
     assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
     assert "url(" not in text[: text.index("</style>")]
@@ -102,7 +104,9 @@ def test_the_summary_and_the_state_are_as_without_a_report(digits_run: FinishedR
     assert f"  {digits_run.directory / 'report.html'}\n" in digits_run.output
 
 
-def test_task_report_makes_the_same_report_again(copied_digits_run: Callable[[], Path], digits_run: FinishedRun) -> None:
+def test_task_report_makes_the_same_report_again(
+    copied_digits_run: Callable[[], Path], digits_run: FinishedRun
+) -> None:
     folder = copied_digits_run() / "digits_smoke"
     (folder / "report.html").unlink()
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
@@ -186,7 +190,9 @@ def test_a_verification_that_failed_is_not_called_equal(copied_digits_run: Calla
     (folder / "run.json").write_text(json.dumps(state))
     run(compose("run_id=digits_smoke", f"runs_dir={folder.parent}", "task=report"))
     text = report_of(folder)
-    assert 'class="verdict bad">Not equal, do not ship this run: 7 of 9 codes differ; the first in &lt;conv1&gt;.' in text
+    assert (
+        'class="verdict bad">Not equal, do not ship this run: 7 of 9 codes differ; the first in &lt;conv1&gt;.' in text
+    )
 
 
 def test_a_report_that_fails_is_one_warning_and_the_run_is_finished(

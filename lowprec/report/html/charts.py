@@ -49,7 +49,11 @@ def ladder_chart(rows: Sequence[tuple[str, float]]) -> Chart:
         "datasets": {"rows": [{"stage": name, "top1": value} for name, value in rows]},
         "height": 200,
         "encoding": {"x": x, "y": y},
-        "layer": [{"mark": {"type": "line", "opacity": 0.4}}, {"mark": {"type": "point", "filled": True, "size": 80}}, label],
+        "layer": [
+            {"mark": {"type": "line", "opacity": 0.4}},
+            {"mark": {"type": "point", "filled": True, "size": 80}},
+            label,
+        ],
     }
     return Chart(spec, "Top-1 by stage: " + ", ".join(f"{name} {value:.2%}" for name, value in rows))
 
@@ -62,7 +66,13 @@ def ladder_comparison_chart(rows: Rows, stages: Sequence[str]) -> Chart:
         "height": 300,
         "mark": {"type": "line", "point": {"size": 80}, "strokeWidth": 1.5},
         "encoding": {
-            "x": {"field": "stage", "type": "nominal", "sort": list(stages), "title": None, "axis": {"labelAngle": -25}},
+            "x": {
+                "field": "stage",
+                "type": "nominal",
+                "sort": list(stages),
+                "title": None,
+                "axis": {"labelAngle": -25},
+            },
             "y": {**quantitative("top1", "top-1"), "axis": {"format": ".2%"}, "scale": {"zero": False, "padding": 14}},
             "color": {"field": "run", "type": "nominal", "title": None},
             "strokeDash": {"field": "run", "type": "nominal", "title": None},
@@ -263,7 +273,9 @@ def sensitivity_chart(sensitivity: Mapping[str, Any]) -> Chart:
             ),
         },
     }
-    return Chart(spec, f"Signal-to-noise by layer and scheme; the most sensitive layer is {order[0] if order else 'none'}")
+    return Chart(
+        spec, f"Signal-to-noise by layer and scheme; the most sensitive layer is {order[0] if order else 'none'}"
+    )
 
 
 def confusion_chart(classes: ClassStatistics) -> Chart:
@@ -297,14 +309,21 @@ def confusion_chart(classes: ClassStatistics) -> Chart:
             },
         ],
     }
-    return Chart(spec, f"Confusion matrix of {len(names)} classes on {classes.images:,} images; the table below lists errors")
+    return Chart(
+        spec, f"Confusion matrix of {len(names)} classes on {classes.images:,} images; the table below lists errors"
+    )
 
 
 def bins(part: Histogram, zeros: bool = False, **also: str) -> Rows:
     """A row for each bin that is not empty (or for each): its ends and its count."""
     width = (part.high - part.low) / len(part.counts)
     return [
-        {"low": _short(part.low + index * width), "high": _short(part.low + (index + 1) * width), "count": number, **also}
+        {
+            "low": _short(part.low + index * width),
+            "high": _short(part.low + (index + 1) * width),
+            "count": number,
+            **also,
+        }
         for index, number in enumerate(part.counts)
         if number or zeros
     ]

@@ -37,9 +37,7 @@ def comparison_charts(first: ComparedRun, second: ComparedRun) -> dict[str, Char
     if rows:
         charts["ladder"] = ladder_comparison_chart(rows, [label for _, label in TOP1_ROWS])
     for key, title, percent in (("val/loss", "validation loss", False), ("val/top1", "validation top-1", True)):
-        curves = [
-            row for run in (first, second) for row in over_epochs(list(run.metrics), {key: run.name}, "of")
-        ]
+        curves = [row for run in (first, second) for row in over_epochs(list(run.metrics), {key: run.name}, "of")]
         if curves:
             charts[key.replace("/", "-")] = curve_chart(curves, title, f"{title} of both runs over epochs", percent)
     return charts

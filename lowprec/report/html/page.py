@@ -23,6 +23,7 @@ from lowprec.files import whole_file
 from lowprec.report.html.charts import Chart
 
 ABSENT = "–"
+_PACKAGE = "vl-convert-python"
 
 
 def write_page(path: Path, template: str, charts: Mapping[str, Chart], **content: Any) -> None:
@@ -30,11 +31,15 @@ def write_page(path: Path, template: str, charts: Mapping[str, Chart], **content
 
     charts: by name; a template draws one with the macro ``chart(name)``. content: what else the template shows.
     """
-    text = _environment().get_template(template).render(
-        charts=charts,
-        figures=_json({name: chart.content() for name, chart in charts.items()}),
-        plot_library=plot_library(),
-        **content,
+    text = (
+        _environment()
+        .get_template(template)
+        .render(
+            charts=charts,
+            figures=_json({name: chart.content() for name, chart in charts.items()}),
+            plot_library=plot_library(),
+            **content,
+        )
     )
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -46,7 +51,8 @@ def plot_library() -> Markup:
 
     Bundling takes seconds, so the text is kept in the user's cache folder, by the package's version.
     """
-    path = _cache_folder() / f"vega-embed-{version('vl-convert-python')}.js"
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    path = Path(folder) / "lowprec" / f"vega-embed-{version(_PACKAGE)}.js"
     with suppress(OSError):
         return Markup(path.read_text(encoding="utf-8"))
     # Here, because a page that finds the text does not need it.
@@ -58,10 +64,6 @@ def plot_library() -> Markup:
         with whole_file(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
     return Markup(text)
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowprec"
 
 
 @cache

@@ -124,7 +124,11 @@ def _parallel_chart(drawn: Sequence[TrialRecord]) -> Chart:
                     "x": x,
                     "y": y,
                     "detail": {"field": "trial"},
-                    "color": {**quantitative("top1", "top-1"), "legend": {"format": ".1%", "gradientLength": 200, "tickCount": 3}, "scale": {"zero": False}},
+                    "color": {
+                        **quantitative("top1", "top-1"),
+                        "legend": {"format": ".1%", "gradientLength": 200, "tickCount": 3},
+                        "scale": {"zero": False},
+                    },
                     "tooltip": tooltips("trial", "tried", ("top1", ".2%")),
                 },
             },
