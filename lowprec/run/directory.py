@@ -31,8 +31,8 @@ class RunDirectory:
     """Files of one run, all under ``runs_dir/run_id``. Every file is written under another name first, then renamed.
 
     ``run.json`` keeps what finished stages found out (accuracies, seconds) and the git commit, so that a run that was
-    cut off goes on after its last finished stage; ``summary.json`` is written last and marks the run as finished.
-    Of several processes of a training only the main one writes; ``writes`` is false in the others, which keep what they
+    cut off goes on after its last finished stage; ``summary.json`` is written when all of them have, and marks the run as
+    finished. Of several processes of a training only the main one writes; ``writes`` is false in the others, which keep what they
     record in memory.
     """
 

@@ -172,7 +172,7 @@ def class_statistics(
 def picture(image: Tensor, data: DataModule) -> bytes:
     """A normalised image [C, H, W] as a PNG file, at most 112 pixels wide and high; only its first channel unless it has 3."""
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (data.mean, data.std))
-    pixels = ((image * std + mean).clamp(0, 1) * 255).to(torch.uint8)
+    pixels = ((image * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
     drawn = Image.fromarray(pixels.permute(1, 2, 0).numpy() if len(pixels) == 3 else pixels[0].numpy())
     drawn.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
     file = io.BytesIO()

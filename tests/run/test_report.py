@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -10,13 +11,18 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from conftest import FinishedRun, compose
+from PIL import Image
 
 import lowprec.run.report
+from lowprec.config import RunConfig
+from lowprec.data import DataError, create_data
 from lowprec.run.command_line import run_to_exit_code
 from lowprec.run.directory import RunDirectory
-from lowprec.run.report import run_content
+from lowprec.run.report import picture, run_content
 from lowprec.run.stages import run
 from lowprec.run.tasks import stored_run
 
@@ -175,6 +181,21 @@ def test_without_the_baseline_the_rest_is_shown_and_nothing_is_trained(copied_di
     assert not list((runs / "baselines").glob("*.safetensors"))
 
 
+def test_data_that_is_not_there_is_said_in_the_report(
+    copied_digits_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copied_digits_run() / "digits_smoke"
+
+    def fail(config: RunConfig) -> None:
+        raise DataError("no images in <here>")
+
+    monkeypatch.setattr(lowprec.run.report, "run_data", fail)
+    run(compose("run_id=digits_smoke", f"runs_dir={folder.parent}", "task=report"))
+    text = report_of(folder)
+    assert text.count("Not measured: no images in &lt;here&gt;") == 4
+    assert {"ladder", "loss"} < set(figures_of(text))
+
+
 def test_a_damaged_checkpoint_is_said_in_the_report(copied_digits_run: Callable[[], Path]) -> None:
     folder = copied_digits_run() / "digits_smoke"
     (folder / "checkpoints" / "best.safetensors").write_bytes(b"nothing")
@@ -230,3 +251,19 @@ def test_sensitivity_is_shown_where_it_was_measured(copied_digits_run: Callable[
 def test_a_report_of_no_run_is_one_clear_error(digits_run: FinishedRun, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_to_exit_code(compose(f"runs_dir={digits_run.runs_dir}", "task=report", "run_id=nothing")) == 2
     assert capsys.readouterr().err.startswith("error: there is no run in")
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_pictures_are_the_pixels_that_the_data_had(channels: int) -> None:
+    data = create_data("digits")
+    data.mean, data.std = (0.3,) * channels, (0.4,) * channels
+    pixels = torch.randint(0, 256, (channels, 6, 9), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    image = (pixels / 255 - 0.3) / 0.4
+    drawn = torch.from_numpy(np.array(Image.open(io.BytesIO(picture(image, data)))))
+    assert torch.equal(drawn, pixels.permute(1, 2, 0) if channels == 3 else pixels[0])
+
+
+def test_large_pictures_are_made_smaller() -> None:
+    data = create_data("digits")
+    drawn = Image.open(io.BytesIO(picture(torch.zeros(1, 224, 448), data)))
+    assert drawn.size == (112, 56)
