@@ -117,7 +117,8 @@ def tensor_name(quantizer: str) -> str:
 
 def histogram(values: Tensor, low: float, high: float, bins: int) -> Histogram:
     """The counts of values of any shape."""
-    counts = torch.histc(values.detach().double().clamp(low, high), bins, low, high)
+    # On the CPU: a GPU counts in no fixed order.
+    counts = torch.histc(values.detach().cpu().double().clamp(low, high), bins, low, high)
     return Histogram(low, high, [int(count) for count in counts])
 
 

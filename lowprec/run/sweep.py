@@ -81,14 +81,14 @@ def report_sweep(folder: Path) -> None:
     if records[0].status == "finished":
         console.print(f"the best is {records[0].run}")
     console.print(f"the table is {folder / 'trials.csv'}")
-    if records[0].status == "finished":
-        console.print(_draw(records, folder), markup=False)
     try:
         write_sweep_report(records, folder.name, folder / "report.html")
         console.print(f"the report is {folder / 'report.html'}")
     except Exception as error:
         # The table is written, and the runs are theirs.
         console.print(f"warning: there is no report.html ({type(error).__name__}: {error})", markup=False)
+    if records[0].status == "finished":
+        console.print(_draw(records, folder), markup=False)
 
 
 def sweep_records(folder: Path) -> list[TrialRecord]:
