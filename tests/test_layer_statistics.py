@@ -71,6 +71,7 @@ def test_weights_of_a_layer_are_what_its_codes_and_scales_say() -> None:
     assert found.sparsity == float((codes == 0).double().mean())
     assert found.flips == 2 / 432
     weight, quantized = reference.get_submodule("3").weight.double(), layer.weight_quantizer(layer.weight).double()  # type: ignore[union-attr, operator]
+    weight, quantized = weight.detach(), quantized.detach()
     expected = 10 * math.log10(float(weight.square().sum()) / float((weight - quantized).square().sum()))
     assert found.weight_signal_to_noise == pytest.approx(expected, rel=1e-12)
     parts = (found.weights.negative, found.weights.zero, found.weights.positive)
