@@ -45,7 +45,7 @@ def check(config: RunConfig) -> None:
     _require_choice("data.name", config.data.name, DATA_SETS)
     _require_choice("model.head", config.model.head, HEADS)
     if config.run_id is not None and (
-        not re.fullmatch(r"[\w][\w.,+-]*", config.run_id) or config.run_id in ("baselines", "sweeps")
+        not re.fullmatch(r"[\w][\w.,+-]*", config.run_id) or config.run_id in ("baselines", "sweeps", "comparisons")
     ):
         raise ConfigError(f"run_id={config.run_id!r}: give a folder name of letters, digits and . , + _ -")
     _require("seed", config.seed, 0 <= config.seed < 2**32, "a whole number from 0 to 2^32 - 1")
@@ -54,6 +54,11 @@ def check(config: RunConfig) -> None:
     _check_training(config)
     _check_export(config)
     _check_slurm(config)
+    images = config.report.images
+    _require("report.images", images, images is None or images > 0, "at least 1, or null for all")
+    wanted = 2 if config.task == "compare" else 0
+    fits = len(config.run) == len(set(config.run)) == wanted
+    _require("run", config.run, fits, "two different runs, run=[a,b]" if wanted else "none: it is for task=compare")
     _require_choice("logger.mode", config.logger.mode, WANDB_MODES)
     try:
         config.recipe  # noqa: B018 - building it is the check

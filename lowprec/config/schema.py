@@ -16,7 +16,7 @@ from omegaconf import MISSING
 from lowprec.budget import Budget
 from lowprec.recipe import Recipe
 
-TASKS = ("train", "evaluate", "verify", "export", "cost", "sensitivity", "sbatch")
+TASKS = ("train", "evaluate", "verify", "export", "cost", "sensitivity", "report", "compare", "sbatch")
 PHOTOGRAPHS = ("imagenet", "image_folder", "shards")
 DATA_SETS = ("fashion_mnist", "digits", "cifar10", "cifar100", *PHOTOGRAPHS)
 HEADS = ("strict", "new")
@@ -50,6 +50,8 @@ INCIDENTAL_KEYS = (
     "slurm",
     "export",
     "verify",
+    "report",
+    "run",
     "sensitivity.labelled_images",
 )
 
@@ -225,6 +227,13 @@ class VerifyConfig:
 
 
 @dataclass
+class ReportConfig:
+    """``images`` of the test split, whose classes report.html compares with full precision's; null compares all."""
+
+    images: Optional[int] = 2000  # noqa: UP045
+
+
+@dataclass
 class SlurmConfig:
     """A SLURM job: what ``task=sbatch`` prints and ``hydra/launcher=slurm`` asks for. What is null is the cluster's default.
 
@@ -248,6 +257,8 @@ class SlurmConfig:
 class RunConfig:
     """Everything that a run depends on. ``quant`` holds a recipe (see :class:`lowprec.Recipe`).
 
+    ``run``: of ``task=compare``, the two runs, by their names in ``runs_dir`` or by their folders.
+
     ``recipe_file``: a recipe's YAML file that takes the place of ``quant``; once composed, its content is there.
     """
 
@@ -256,6 +267,7 @@ class RunConfig:
     seed: int = 0
     runs_dir: str = "runs"
     run_id: Optional[str] = None  # noqa: UP045
+    run: list[str] = field(default_factory=list)
     fresh: bool = False
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -270,6 +282,7 @@ class RunConfig:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
     @property

@@ -231,6 +231,21 @@ class DataModule(LightningDataModule, ABC):
         dataset = self._dataset(source, validation[order[:images]], augment=False, replace_damaged=source == "train")
         return list(self._loader(dataset, batch_size=self.options.eval_batch_size))
 
+    def test_batches(self, images: int) -> DataLoader:
+        """Test images with labels, the same for the same seed and on every rank, classes in their shares, also among the
+        first ones.
+
+        Args:
+            images: how many; at most all test images are returned.
+
+        Returns:
+            A loader of batches as of :meth:`calibration_batches`, and int64 labels.
+        """
+        test = self.splits.test
+        order = stratified_order(self._labels["test"][test], "report", self.options.seed)
+        dataset = self._dataset("test", test[order[:images]], augment=False, replace_damaged=False)
+        return self._loader(dataset, batch_size=self.options.eval_batch_size)
+
     def _evaluation_loader(self, source: Source, indices: Tensor, *, replace_damaged: bool) -> DataLoader:
         dataset = self._dataset(source, indices, augment=False, replace_damaged=replace_damaged)
         return self._loader(dataset, batch_size=self.options.eval_batch_size, sampler=ShareSampler(len(indices)))

@@ -1,1 +1,1 @@
-"""What a run says at its end: summary.json and the table. Knows figures, nothing of models."""
+"""What a run says at its end: summary.json, the table, and pages (``html/``). Knows figures, nothing of models."""

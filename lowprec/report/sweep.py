@@ -42,10 +42,14 @@ class TrialRecord:
     error: str = ""
 
     @property
+    def top1(self) -> float | None:
+        """On the test split, of what was measured last: after fine-tuning, or before it."""
+        return self.fine_tuned if self.fine_tuned is not None else self.post_training
+
+    @property
     def rank(self) -> tuple[bool, float, float]:
         """Larger is better: finished trials first, by validation, or by what was measured last where there is none."""
-        measured = self.fine_tuned if self.fine_tuned is not None else self.post_training
-        return self.status == "finished", self.validation or 0.0, measured or 0.0
+        return self.status == "finished", self.validation or 0.0, self.top1 or 0.0
 
 
 def write_record(record: TrialRecord, path: Path) -> None:
@@ -63,6 +67,25 @@ def read_record(path: Path) -> TrialRecord:
 def sorted_records(records: Sequence[TrialRecord]) -> list[TrialRecord]:
     """The best first; equal ones in the order in which they were tried."""
     return sorted(sorted(records, key=lambda record: record.number), key=lambda record: record.rank, reverse=True)
+
+
+def pareto_front(records: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """The finished trials that no other one beats: in top-1 (of what was measured last) at as many multiplications replaced.
+
+    In the order of ``multiplications_replaced``; of equal trials the first.
+    """
+    finished = [
+        record
+        for record in records
+        if record.status == "finished" and record.multiplications_replaced is not None and record.top1 is not None
+    ]
+    front: list[TrialRecord] = []
+    for record in sorted(
+        finished, key=lambda item: (-(item.multiplications_replaced or 0), -(item.top1 or 0), item.number)
+    ):
+        if not front or (record.top1 or 0) > (front[-1].top1 or 0):
+            front.append(record)
+    return front[::-1]
 
 
 def write_trials(records: Sequence[TrialRecord], path: Path) -> None:

@@ -31,8 +31,8 @@ class RunDirectory:
     """Files of one run, all under ``runs_dir/run_id``. Every file is written under another name first, then renamed.
 
     ``run.json`` keeps what finished stages found out (accuracies, seconds) and the git commit, so that a run that was
-    cut off goes on after its last finished stage; ``summary.json`` is written last and marks the run as finished.
-    Of several processes of a training only the main one writes; ``writes`` is false in the others, which keep what they
+    cut off goes on after its last finished stage; ``summary.json`` is written when all of them have, and marks the run as
+    finished. Of several processes of a training only the main one writes; ``writes`` is false in the others, which keep what they
     record in memory.
     """
 
@@ -49,6 +49,7 @@ class RunDirectory:
         self.summary_file = self.path / "summary.json"
         self.recipe_file = self.path / "recipe.yaml"
         self.sensitivity_file = self.path / "sensitivity.json"
+        self.report_file = self.path / "report.html"
         self.state: dict[str, Any] = {}
         self.writes = True
         self._held_lock: FileLock | None = None
@@ -97,10 +98,15 @@ class RunDirectory:
             self.check_configuration()
         else:
             write_text(self.config_file, to_yaml(self.config))
-        self.state = {"git": git_commit(), "attempt": attempt, "results": {}, "seconds": {}}
-        self.state.update(_read_json(self.state_file))
+        self.read_state()
+        self.state["attempt"] = max(attempt, self.state["attempt"])
         self._write_state()
         return self.state
+
+    def read_state(self) -> None:
+        """Reads what the run's finished stages recorded, without taking the run."""
+        self.state = {"git": git_commit(), "attempt": 0, "results": {}, "seconds": {}}
+        self.state.update(_read_json(self.state_file))
 
     def _lock(self) -> None:
         # The system gives the lock back when its process dies, however it dies.

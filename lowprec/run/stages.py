@@ -1,6 +1,6 @@
 """The stages of a run, in order. Every stage keeps its result, so a run that was cut off goes on after its last one.
 
-full-precision model ─ prepare, calibrate ─ fine-tune ─ convert, save, export ─ verify, measure ─ summary
+full-precision model ─ prepare, calibrate ─ fine-tune ─ convert, save, export ─ verify, measure ─ summary ─ report
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from lowprec.run.data import evaluation_images, run_data
 from lowprec.run.directory import RunDirectory, write_text
 from lowprec.run.export import export_file, export_options
 from lowprec.run.full_precision import build_model, full_precision_model, training_identity
+from lowprec.run.report import report_on
 from lowprec.run.sensitivity import assign_for_budget
 from lowprec.training import processes
 from lowprec.training.checkpoints import BEST
@@ -104,6 +105,7 @@ def train(config: RunConfig, console: Console, callbacks: Sequence[Callback] = (
         imodel = ship(current, qmodel)
         prove(current, qmodel, imodel)
         summary = summarize(current)
+        write_report(current)
         log_summary(loggers, summary, directory.summary_file)
         if not directory.result("verification"):
             log_artifacts(loggers, [directory.model_file, directory.onnx_file, directory.config_file], summary)
@@ -270,6 +272,15 @@ def summarize(current: Run) -> Summary:
     current.console.print(summary_table(summary))
     current.console.print(f"everything is in {directory.path}")
     return summary
+
+
+def write_report(current: Run) -> None:
+    """Makes report.html. A report that cannot be made is one warning: the run is finished without it."""
+    try:
+        report_on(current.directory, current.console)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        current.console.print(f"warning: there is no report.html ({reason}); task=report tries again", markup=False)
 
 
 def _plain(config: RunConfig) -> dict[str, Any]:

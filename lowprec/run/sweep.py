@@ -19,6 +19,7 @@ from hydra.conf import HydraConf
 from omegaconf import DictConfig, OmegaConf
 
 from lowprec.config import ConfigError, RunConfig
+from lowprec.report.html.sweep_page import write_sweep_report
 from lowprec.report.sweep import TrialRecord, read_record, sorted_records, trials_table, write_record, write_trials
 from lowprec.report.terminal import create_console
 from lowprec.run.command_line import (
@@ -67,7 +68,7 @@ def run_trial(composed: DictConfig, settings: HydraConf) -> int:
 
 
 def report_sweep(folder: Path) -> None:
-    """Writes trials.csv, draws trials.png and .svg, prints the table of all trials so far; of other workers' trials too."""
+    """Writes trials.csv and report.html, draws trials.png and .svg, prints the table of all trials so far, other workers' too."""
     records = sweep_records(folder)
     if not records or not _is_main():
         return
@@ -80,6 +81,12 @@ def report_sweep(folder: Path) -> None:
     if records[0].status == "finished":
         console.print(f"the best is {records[0].run}")
     console.print(f"the table is {folder / 'trials.csv'}")
+    try:
+        write_sweep_report(records, folder.name, folder / "report.html")
+        console.print(f"the report is {folder / 'report.html'}")
+    except Exception as error:
+        # The table is written, and the runs are theirs.
+        console.print(f"warning: there is no report.html ({type(error).__name__}: {error})", markup=False)
     if records[0].status == "finished":
         console.print(_draw(records, folder), markup=False)
 

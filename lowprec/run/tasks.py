@@ -1,4 +1,4 @@
-"""What can be done with a finished run (evaluate, verify, export), and what needs none (cost, sensitivity)."""
+"""What can be done with a run (evaluate, verify, export, report) or two (compare), and what needs none (cost, sensitivity)."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from lowprec.integer.packed import load
 from lowprec.models import load_checkpoint
 from lowprec.prepare import prepare
 from lowprec.report.summary import Summary, cost_rows, cost_summary
+from lowprec.run.compare import compare_runs
 from lowprec.run.current import Run
 from lowprec.run.data import evaluation_images, published_data_config, run_data
 from lowprec.run.directory import RunDirectory
 from lowprec.run.export import check_exported, export_file, exported_file
 from lowprec.run.full_precision import baseline_file, build_model, full_precision_model
+from lowprec.run.report import report_on
 from lowprec.run.sensitivity import analyse, show_assignment
 from lowprec.run.stages import check_quantizable, check_same_data
 from lowprec.training.checkpoints import BEST
@@ -40,15 +42,22 @@ def finished_run(config: RunConfig) -> RunDirectory:
     Raises:
         ConfigError: there is no such run, or it is not finished.
     """
-    directory = RunDirectory(config)
-    stored = directory.stored_config()
+    directory = stored_run(config)
     if not directory.finished:
         raise ConfigError(f"the run {directory.path} is not finished: task=train goes on with it")
+    return directory
+
+
+def stored_run(config: RunConfig) -> RunDirectory:
+    """As :func:`finished_run`, of a run that need not be finished."""
+    directory = RunDirectory(config)
+    stored = directory.stored_config()
     here = config.data
     data = replace(stored.data, num_workers=here.num_workers, eval_batch_size=here.eval_batch_size)
     if here.name == stored.data.name and here.root is not None:
         data = replace(data, root=here.root)
-    directory.config = replace(stored, task=config.task, runs_dir=config.runs_dir, run_id=config.run_id, data=data)
+    where = {name: getattr(config, name) for name in ("task", "runs_dir", "run_id", "report")}
+    directory.config = replace(stored, **where, data=data)
     return directory
 
 
@@ -92,6 +101,14 @@ def export_run(config: RunConfig, console: Console) -> Summary:
     console.print(f"wrote {path} ({path.stat().st_size:,} bytes)")
     if config.export.format != "qonnx":
         console.print("prove it on your images: the same command with task=verify")
+    return {}
+
+
+def report_run(config: RunConfig, console: Console) -> Summary:
+    """Writes report.html of a run, finished or not; one file, which needs no network to be read."""
+    directory = stored_run(config)
+    directory.read_state()
+    report_on(directory, console)
     return {}
 
 
@@ -179,4 +196,6 @@ TASKS: dict[str, Callable[[RunConfig, Console], Summary]] = {
     "export": export_run,
     "cost": cost_of,
     "sensitivity": sensitivity_of,
+    "report": report_run,
+    "compare": compare_runs,
 }

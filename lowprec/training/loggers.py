@@ -104,6 +104,11 @@ def _read_rows(path: Path) -> dict[int, dict[str, float]]:
     }
 
 
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics.csv in the order of their steps, each with what was logged of it; none where there is no file."""
+    return [{"step": step, **values} for step, values in sorted(_read_rows(path).items())]
+
+
 def create_loggers(config: LoggerConfig, folder: Path, run_name: str, content: dict[str, Any]) -> list[Logger]:
     """The loggers of a run.
 

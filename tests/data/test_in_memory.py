@@ -147,3 +147,17 @@ def test_unknown_names() -> None:
     with pytest.raises(ValueError, match=r"digits takes no argument bach_size; it takes root, batch_size, .*padding"):
         digits(bach_size=3)
     assert list_data() == ["fashion_mnist", "digits", "cifar10", "cifar100", "imagenet", "image_folder", "shards"]
+
+
+def test_batches_of_test_images_hold_the_classes_in_their_shares() -> None:
+    data = digits(eval_batch_size=30)
+    batches = list(data.test_batches(50))
+    assert [len(labels) for _, labels in batches] == [30, 20]
+    labels = torch.cat([labels for _, labels in batches])
+    # 35 to 37 of the 359 test images are of each class.
+    assert set(torch.bincount(labels, minlength=10).tolist()) <= {4, 5, 6}
+    again = list(digits(eval_batch_size=30).test_batches(50))
+    assert all(torch.equal(one[0], other[0]) for one, other in zip(batches, again, strict=True))
+    whole = torch.cat([images for images, _ in data.test_batches(10_000)])
+    split = torch.cat([images for images, _ in data.test_dataloader()])
+    assert torch.equal(whole.flatten(1).sort(0).values, split.flatten(1).sort(0).values)

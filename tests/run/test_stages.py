@@ -78,7 +78,7 @@ def test_the_files_of_a_run(digits_run: FinishedRun) -> None:
     found = {path.name for path in digits_run.directory.iterdir() if not path.name.startswith(".")}
     assert found == {
         *("config.yaml", "run.json", "summary.json", "metrics.csv"),
-        *("checkpoints", "model.safetensors", "model.onnx", "wandb"),
+        *("checkpoints", "model.safetensors", "model.onnx", "report.html", "wandb"),
     }
     checkpoints = {path.name for path in (digits_run.directory / "checkpoints").iterdir()}
     assert checkpoints == {"best.safetensors", "last.ckpt", "post_training.safetensors"}

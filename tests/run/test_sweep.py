@@ -125,6 +125,22 @@ def test_a_failed_trial_is_recorded_and_the_sweep_goes_on(workplace: Workplace) 
     assert figure.is_file()
     assert figure.with_suffix(".svg").is_file()
     assert f"the figure is {figure.relative_to(workplace.folder)}, and .svg beside it" in output
+    report = workplace.sweep_folder() / "report.html"
+    assert f"the report is {report.relative_to(workplace.folder)}\n" in output
+    assert "training diverged" in report.read_text()
+
+
+def test_a_report_that_fails_leaves_a_sweep_its_table(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise OSError("the disk is [full]")
+
+    monkeypatch.setattr("lowprec.run.sweep.write_sweep_report", fail)
+    write_record(TrialRecord(0, "runs/0", {}, "failed", error="no"), tmp_path / "trials" / "0.json")
+    report_sweep(tmp_path)
+    assert "warning: there is no report.html (OSError: the disk is [full])\n" in capsys.readouterr().out
+    assert (tmp_path / "trials.csv").is_file()
 
 
 def test_without_matplotlib_a_sweep_says_how_to_get_the_figure(
@@ -137,7 +153,7 @@ def test_without_matplotlib_a_sweep_says_how_to_get_the_figure(
     assert capsys.readouterr().out.endswith(
         "the figure needs matplotlib: pip install 'lowprec[sweep]', then the same command draws it\n"
     )
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["trials", "trials.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "trials", "trials.csv"]
 
 
 def trials_of(search: str, *overrides: str) -> list[dict[str, str]]:
