@@ -5,7 +5,7 @@
 key=value: a run's, as train.py takes them; by default ResNet-8, 8 wide, stem of stride 2, on Fashion-MNIST, one epoch. Of each
 seed the full-precision baseline is trained first and kept in runs/baselines; all lines start from it and see the same
 batches in the same order. Options that the product has are set by their keys; methods that it does not have, because they
-were not worth it, are those of fine_tuning_methods.py.
+were not worth it, are those of fine_tuning_methods.py and fine_tuning_losses.py.
 
 Printed are top-1 in validation (the test images play no part in choices) and the paired difference to the defaults in points,
 both as mean ± standard deviation over seeds, and the ratio of training times.
@@ -26,12 +26,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from fine_tuning_losses import dampening, feature_distillation
 from fine_tuning_methods import (
     Method,
     Setting,
     averaging,
-    dampening,
-    feature_distillation,
     freezing,
     frozen_norms,
     layer_by_layer,

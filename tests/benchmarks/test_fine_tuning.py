@@ -9,10 +9,10 @@ import fine_tuning
 import lightning.pytorch as lightning
 import pytest
 import torch
+from fine_tuning_losses import feature_distillation
 from fine_tuning_methods import (
     Setting,
     averaging,
-    feature_distillation,
     frozen_norms,
     layer_by_layer,
     learned_exponents,
