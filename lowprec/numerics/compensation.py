@@ -28,8 +28,9 @@ from lowprec.numerics.solvers import four_bit_codes, solve_four_bit, solve_terna
 PASSES = 6
 # Columns after which errors are handed on to all other columns, at once; until then they reach those of the block alone.
 COLUMNS_PER_BLOCK = 128
-# Scales that are tried for a cluster, to the one at hand.
-SCALE_RATIOS = (1.0, 0.7, 0.8, 0.9, 1.1, 1.25, 1.4)
+# Scales that are tried for a cluster, to the one at hand, by bits. Ternary logits come closer by 0.4 dB (ResNet-8); of 4-bit
+# ones the layers' errors fall, too, but the network's do not.
+SCALE_RATIOS = {2: (1.0, 0.7, 0.8, 0.9, 1.1, 1.25, 1.4), 4: (1.0,)}
 # Added to the diagonal, relative to its mean, where moments have to be inverted.
 JITTER = 1e-10
 
@@ -169,10 +170,10 @@ def _first_pass(w_gOK: Tensor, h_gKK: Tensor, blocks: list[Block], bits: int) ->
 def _fit_cluster(wanted_gOB: Tensor, scale: Tensor, codes: Tensor, h_gBB: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Codes given the scale by coordinate descent, then the scale given the codes by least squares.
 
-    From the codes at hand, and from those nearest to ``wanted_gOB`` at other scales: the least error of all is kept.
+    From the codes at hand, and from those nearest to ``wanted_gOB`` at other scales (SCALE_RATIOS): the least error is kept.
     """
-    tried = len(SCALE_RATIOS)
-    scales = torch.cat([scale * ratio for ratio in SCALE_RATIOS], 1)
+    tried = len(SCALE_RATIOS[bits])
+    scales = torch.cat([scale * ratio for ratio in SCALE_RATIOS[bits]], 1)
     wanted = wanted_gOB.repeat(1, tried, 1)
     found = _limited(wanted * _inverse_or_zero(scales), bits)
     found[:, : codes.shape[1]] = codes
