@@ -8,6 +8,7 @@ Prints points of test top-1 lost against full precision, and seconds. Calibratio
 
     python tests/benchmarks/post_training.py model=cifar_resnet20 model.arguments.stem_stride=2 baseline.max_epochs=45
     python tests/benchmarks/post_training.py 'model.arguments={width: 8, stem_stride: 2}' baseline.max_epochs=16
+    python tests/benchmarks/post_training.py model=cifar_mobilenetv2
 """
 
 from __future__ import annotations
