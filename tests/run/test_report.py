@@ -96,7 +96,7 @@ def test_the_report_says_what_the_summary_says(digits_run: FinishedRun) -> None:
     for stage in ("full_precision", "post_training", "fine_tuned", "integer", "onnx"):
         assert f'<td class="number">{summary[stage]["top1"]:.2%}</td>' in text
     verify = summary["verify"]
-    assert f"differ in 0 of the codes {verify['compared_codes']:,} compared on {verify['images']:,} test images" in text
+    assert f"differ in 0 of {verify['compared_codes']:,} codes compared on {verify['images']:,} test images" in text
     assert 'class="verdict good"' in text
     assert "Horowitz" in text
     assert f"{summary['cost']['multiplications_replaced']:.1%}" in text

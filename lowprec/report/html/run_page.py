@@ -131,14 +131,14 @@ def verdict(content: RunContent) -> tuple[str, str]:
     found = content.summary["verify"]
     if found is None:
         return "unknown", "Not verified yet: no codes have been compared."
-    compared = f"{found['compared_codes']:,} compared on {found['images']:,} test images"
+    compared = f"{found['compared_codes']:,} codes compared on {found['images']:,} test images"
     if content.fault:
         return "bad", f"Not equal, do not ship this run: {content.fault}."
     if found["mismatched_codes"]:
         return "unknown", (
-            f"{found['mismatched_codes']:,} of the codes {compared} differ, all behind operators that compute in float."
+            f"{found['mismatched_codes']:,} of {compared} differ, all behind operators that compute in float."
         )
-    return "good", f"Equal: fake-quant model, integer executor and exported file differ in 0 of the codes {compared}."
+    return "good", f"Equal: fake-quant model, integer executor and exported file differ in 0 of {compared}."
 
 
 def confusions(classes: ClassStatistics | None) -> list[tuple[str, str, int, int]]:
