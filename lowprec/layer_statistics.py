@@ -7,8 +7,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, fx, nn
@@ -43,7 +43,7 @@ def layer_statistics(
             name,
             layer,
             cost_of[name],
-            None if reference is None else reference.get_submodule(name).weight,  # type: ignore[arg-type]
+            None if reference is None else reference.get_parameter(f"{name}.weight"),
             None if codes_before is None else codes_before[name],
             (output_signal_to_noise or {}).get(name),
         )
@@ -221,30 +221,26 @@ class _TensorSums:
         )
 
 
-@contextmanager
-def _inputs_of(model: nn.Module, kind: type[nn.Module], record: object) -> Iterator[None]:
+Record = Callable[[str, nn.Module, Tensor], None]
+
+
+def _inputs_of(model: nn.Module, kind: type[nn.Module], record: Record) -> AbstractContextManager[None]:
     """Within it, ``record(name, module, input)`` is called for each call of a module of this kind."""
 
-    def hook_of(name: str) -> object:
-        return lambda module, inputs: record(name, module, inputs[0])  # type: ignore[operator]
+    def hook_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, inputs: record(name, module, inputs[0])
 
-    with _hooked(
-        module.register_forward_pre_hook(hook_of(name))  # type: ignore[arg-type]
-        for name, module in model.named_modules()
-        if isinstance(module, kind)
-    ):
-        yield
+    modules = [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
+    return _hooked(module.register_forward_pre_hook(hook_of(name)) for name, module in modules)
 
 
-@contextmanager
-def _outputs_of(model: nn.Module, record: object) -> Iterator[None]:
+def _outputs_of(model: nn.Module, record: Record) -> AbstractContextManager[None]:
     """Within it, ``record(name, layer, output)`` is called for each call of a layer with quantized weights."""
 
-    def hook_of(name: str) -> object:
-        return lambda module, inputs, output: record(name, module, output)  # type: ignore[operator]
+    def hook_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        return lambda module, inputs, output: record(name, module, output)
 
-    with _hooked(layer.register_forward_hook(hook_of(name)) for name, layer in quantized_layers(model)):  # type: ignore[arg-type]
-        yield
+    return _hooked(layer.register_forward_hook(hook_of(name)) for name, layer in quantized_layers(model))
 
 
 @contextmanager

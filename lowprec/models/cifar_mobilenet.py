@@ -11,6 +11,8 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
+from lowprec.models.initialization import initialize
+
 __all__ = ["CifarMobileNetV2"]
 
 # Expansion, channels at width 1, blocks and stride of the first block; an image of 32×32 ends at 8×8, or at 4×4 with a stem of
@@ -75,18 +77,11 @@ class CifarMobileNetV2(nn.Module):
         self.last = _conv_norm(channels, last, 1, activation=True)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(last, num_classes)
-        self._initialize()
+        initialize(self, self.classifier)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         x_BCHW = self.last(self.stages(self.stem(x_BCHW)))
         return self.classifier(self.pool(x_BCHW).flatten(1))
-
-    def _initialize(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.kaiming_normal_(self.classifier.weight, nonlinearity="linear")
-        nn.init.zeros_(self.classifier.bias)
 
 
 def _channels(base: int, width: float) -> int:

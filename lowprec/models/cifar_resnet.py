@@ -7,6 +7,8 @@ network consists of convolutions, batch norms, ReLUs, additions, one pooling and
 
 from torch import Tensor, nn
 
+from lowprec.models.initialization import initialize
+
 __all__ = ["CifarResNet", "resnet8", "resnet20", "resnet32", "resnet56"]
 
 
@@ -70,19 +72,12 @@ class CifarResNet(nn.Module):
         self.stage3 = _stage(2 * width, 4 * width, blocks, stride=2)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(4 * width, num_classes)
-        self._initialize()
+        initialize(self, self.classifier)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         x_BCHW = self.relu(self.bn1(self.conv1(x_BCHW)))
         x_BCHW = self.stage3(self.stage2(self.stage1(x_BCHW)))
         return self.classifier(self.pool(x_BCHW).flatten(1))
-
-    def _initialize(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.kaiming_normal_(self.classifier.weight, nonlinearity="linear")
-        nn.init.zeros_(self.classifier.bias)
 
 
 def _stage(in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.Sequential:

@@ -28,8 +28,8 @@ from lowprec.numerics.solvers import four_bit_codes, solve_four_bit, solve_terna
 PASSES = 6
 # Columns after which errors are handed on to all other columns, at once; until then they reach those of the block alone.
 COLUMNS_PER_BLOCK = 128
-# Scales that are tried for a cluster, to the one at hand, by bits. Ternary logits come closer by 0.4 dB (ResNet-8); of 4-bit
-# ones the layers' errors fall, too, but the network's do not.
+# Scales that are tried for a cluster, to the one at hand, by bits. Of ternary networks the logits come closer; of 4-bit ones
+# layers' errors fall, too, but the logits' do not.
 SCALE_RATIOS = {2: (1.0, 0.7, 0.8, 0.9, 1.1, 1.25, 1.4), 4: (1.0,)}
 # Added to the diagonal, relative to its mean, where moments have to be inverted.
 JITTER = 1e-10

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as lightning
 import torch
-from fine_tuning_methods import Method, Setting
+from fine_tuning_methods import Method, Setting, by_callback
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
@@ -56,12 +54,7 @@ class _Dampening(_Penalty):
 
 def dampening(strength: float) -> Method:
     """The loss holds strength · Σ (w − ŵ)² within the codes' range (Nagel et al., arXiv 2203.11086)."""
-
-    @contextmanager
-    def method(setting: Setting) -> Iterator[list[Callback]]:
-        yield [_Dampening(strength)]
-
-    return method
+    return by_callback(lambda setting: _Dampening(strength))
 
 
 class _Features(_Penalty):
@@ -94,9 +87,4 @@ class _Features(_Penalty):
 
 def feature_distillation(weight: float) -> Method:
     """The loss holds the error of each residual sum, over the variance of the full-precision one, their mean · weight."""
-
-    @contextmanager
-    def method(setting: Setting) -> Iterator[list[Callback]]:
-        yield [_Features(setting, weight)]
-
-    return method
+    return by_callback(lambda setting: _Features(setting, weight))

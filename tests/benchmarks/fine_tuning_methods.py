@@ -43,6 +43,16 @@ def plain(setting: Setting) -> Iterator[list[Callback]]:
     yield []
 
 
+def by_callback(create: Callable[[Setting], Callback]) -> Method:
+    """The method that is one callback."""
+
+    @contextmanager
+    def method(setting: Setting) -> Iterator[list[Callback]]:
+        yield [create(setting)]
+
+    return method
+
+
 def following(follow: Callable[[WeightQuantizer, Tensor], None]) -> Method:
     """Scales follow the weights by another policy than the descent step."""
 
@@ -152,12 +162,7 @@ class _Freezing(Callback):
 
 def freezing(frequency: float) -> Method:
     """Latent weights whose codes flip in more than that share of late steps are fixed at their average (the same paper)."""
-
-    @contextmanager
-    def method(setting: Setting) -> Iterator[list[Callback]]:
-        yield [_Freezing(frequency)]
-
-    return method
+    return by_callback(lambda setting: _Freezing(frequency))
 
 
 class _Average(Callback):
@@ -187,12 +192,7 @@ class _Average(Callback):
 
 def averaging(decay: float) -> Method:
     """An exponential moving average of weights, scales and statistics is validated and kept."""
-
-    @contextmanager
-    def method(setting: Setting) -> Iterator[list[Callback]]:
-        yield [_Average(decay)]
-
-    return method
+    return by_callback(lambda setting: _Average(decay))
 
 
 class _FrozenNorms(Callback):
@@ -208,12 +208,7 @@ class _FrozenNorms(Callback):
 
 def frozen_norms(share: float) -> Method:
     """After that share of all steps, batch norms use and keep their running statistics."""
-
-    @contextmanager
-    def method(setting: Setting) -> Iterator[list[Callback]]:
-        yield [_FrozenNorms(share)]
-
-    return method
+    return by_callback(lambda setting: _FrozenNorms(share))
 
 
 class _Reestimation(Callback):
@@ -236,10 +231,8 @@ class _Reestimation(Callback):
             norm.momentum = momentum
 
 
-@contextmanager
-def reestimated_norms(setting: Setting) -> Iterator[list[Callback]]:
-    """Before each validation, running statistics are taken anew from the calibration images."""
-    yield [_Reestimation(setting.images)]
+# Before each validation, running statistics are taken anew from the calibration images.
+reestimated_norms: Method = by_callback(lambda setting: _Reestimation(setting.images))
 
 
 class _LayerByLayer(Callback):
@@ -259,12 +252,7 @@ class _LayerByLayer(Callback):
 
 def layer_by_layer(share: float) -> Method:
     """Weights are quantized one layer after the other, all of them after that share of the steps."""
-
-    @contextmanager
-    def method(setting: Setting) -> Iterator[list[Callback]]:
-        yield [_LayerByLayer(share)]
-
-    return method
+    return by_callback(lambda setting: _LayerByLayer(share))
 
 
 class _LearnedExponent(torch.autograd.Function):

@@ -142,13 +142,18 @@ def _parallel_chart(drawn: Sequence[TrialRecord]) -> Chart:
     return Chart(spec, "Parallel coordinates of the finished trials; the table has the same figures")
 
 
+def _number_of(value: float | str | None) -> float | None:
+    try:
+        return None if value is None else float(value)
+    except ValueError:
+        return None
+
+
 def _heights(values: Sequence[float | str | None]) -> list[float]:
     """Where values lie on their axis, 0 to 1: numbers by size, others in the order in which they came."""
-    try:
-        places = [float(value) for value in values]  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        order = list(dict.fromkeys(values))
-        places = [float(order.index(value)) for value in values]
+    numbers = [value for value in map(_number_of, values) if value is not None]
+    order = list(dict.fromkeys(values))
+    places = numbers if len(numbers) == len(values) else [float(order.index(value)) for value in values]
     low, high = min(places), max(places)
     return [0.5 if high == low else (place - low) / (high - low) for place in places]
 
