@@ -45,7 +45,7 @@ def assign(
 
 def expected_signal_to_noise(found: Sensitivity, recipe: Recipe) -> float:
     """Of the logits with the weights of an assigned ``recipe``, dB: by the sum of its layers' noise powers."""
-    changes = {rule.pattern: rule.changes() for rule in recipe.rules[len(found.choices.recipe.rules) :]}
+    changes = {rule.pattern: rule.given() for rule in recipe.rules[len(found.choices.recipe.rules) :]}
     chosen = [row for row in found.rows if row.option.changes == changes.get(row.option.layer, {})]
     noise = sum(row.error.mean_squared_error for row in chosen)
     return 10 * math.log10(found.signal_power / noise) if noise else math.inf

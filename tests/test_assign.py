@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 
 import pytest
 import torch
@@ -63,19 +63,19 @@ def test_a_budget_of_exactly_what_a_recipe_costs_is_met_by_it(found: lowprec.Sen
 
 
 def test_no_other_assignment_within_the_budget_has_less_error(found: lowprec.Sensitivity) -> None:
-    """All 3^9 assignments of the layers that are not fixed."""
-    budget, free = 4.0, [layer for layer in found.choices.options if layer not in found.choices.fixed]
-    rows = {(row.option.layer, row.option.label): row for row in found.rows}
-    weights = sum(options[0].cost.weights for options in found.choices.options.values())
-    fixed = rows["conv1", "8-bit"].option.cost.weight_storage_bits
-    noises = []
-    for labels in itertools.product(("2-bit", "4-bit", "8-bit"), repeat=len(free)):
-        chosen = [rows[key] for key in zip(free, labels, strict=True)]
-        if (fixed + sum(row.option.cost.weight_storage_bits for row in chosen)) / weights <= budget:
-            noises.append(sum(row.error.mean_squared_error for row in chosen))
-    taken = bits(assign(found, weight_bits=budget))
-    noise = sum(rows[layer, f"{taken[layer]}-bit"].error.mean_squared_error for layer in free)
-    assert noise == pytest.approx(min(noises), rel=1e-12)
+    """All 4^9 assignments of the layers that are not fixed, residual planes among them."""
+    budget, open_to = 4.0, [found.choices.open_to(layer) for layer in found.choices.options]
+    rows = [[row for row in found.rows if row.option in options] for options in open_to]
+    assert [len(layer) for layer in rows] == [1] + 9 * [4]
+    storage, noise = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.float64)
+    for layer in rows:
+        bits_of = torch.tensor([row.option.cost.weight_storage_bits for row in layer])
+        noise_of = torch.tensor([row.error.mean_squared_error for row in layer], dtype=torch.float64)
+        storage, noise = (storage[:, None] + bits_of).flatten(), (noise[:, None] + noise_of).flatten()
+    assert len(noise) == 4**9
+    least = noise[storage <= budget * sum(layer[0].option.cost.weights for layer in rows)].min()
+    ratio = expected_signal_to_noise(found, assign(found, weight_bits=budget))
+    assert ratio == pytest.approx(10 * math.log10(found.signal_power / float(least)), rel=1e-12)
 
 
 def test_more_bits_leave_less_noise(found: lowprec.Sensitivity) -> None:

