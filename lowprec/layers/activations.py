@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lowprec.numerics.fixed_point import (
     MAXIMUM_EXPONENT,
@@ -16,6 +17,8 @@ from lowprec.numerics.fixed_point import (
 )
 from lowprec.numerics.straight_through import straight_through_activation
 
+# The activation functions that are fused into an operator, by name; "" is none.
+ACTIVATIONS = {"": lambda values: values, "relu": functional.relu, "relu6": functional.relu6}
 # What the exponent holds until calibration has chosen one.
 UNCALIBRATED = MAXIMUM_EXPONENT + 1
 
@@ -46,17 +49,19 @@ class ActivationQuantizer(nn.Module):
         self.exponent.fill_(exponent)
         self.calibrated = True
 
-    def forward(self, values: Tensor) -> Tensor:
+    def forward(self, values: Tensor, activation: str = "", overwrite: bool = False) -> Tensor:
         """Any shape; values on the grid of 2^e. Gradient: straight through, zero outside the range.
+
+        activation: "", "relu" or "relu6", a function to apply first. overwrite: whether the memory of ``values`` may be used.
 
         Raises:
             RuntimeError: no exponent has been chosen yet.
         """
         if not self.quantizing:
-            return values
+            return ACTIVATIONS[activation](values)
         if not self.calibrated:
             raise RuntimeError("activation exponents are not chosen yet: call lowprec.calibrate(qmodel, batches) first")
-        return straight_through_activation(values, power_of_two(self.exponent), self.codes)
+        return straight_through_activation(values, power_of_two(self.exponent), self.codes, activation, overwrite)
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)

@@ -6,11 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lowprec.layers.activations import ActivationQuantizer
+from lowprec.layers.activations import ACTIVATIONS, ActivationQuantizer
 from lowprec.numerics.fixed_point import quantize_to_grid
-
-# The activation functions that are fused into an operator, by name; "" is none.
-ACTIVATIONS = {"": lambda values: values, "relu": functional.relu, "relu6": functional.relu6}
 
 
 class QuantizedAdd(nn.Module):
@@ -27,7 +24,7 @@ class QuantizedAdd(nn.Module):
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         """Two tensors of equal shape; their sum on the output's grid."""
-        return self.quantizer(self.unquantized(left, right))
+        return self.quantizer(left + right, self.activation, overwrite=True)
 
 
 class QuantizedMultiply(nn.Module):
@@ -43,7 +40,7 @@ class QuantizedMultiply(nn.Module):
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         """The product on the output's grid."""
-        return self.quantizer(self.unquantized(left, right))
+        return self.quantizer(self.unquantized(left, right), overwrite=True)
 
 
 class QuantizedConcatenation(nn.Module):
@@ -60,7 +57,7 @@ class QuantizedConcatenation(nn.Module):
 
     def forward(self, *tensors: Tensor) -> Tensor:
         """Tensors that are equal in shape but along ``axis``; all of them on the output's grid."""
-        return self.quantizer(self.unquantized(*tensors))
+        return self.quantizer(self.unquantized(*tensors), overwrite=True)
 
 
 class QuantizedReLU(nn.Module):

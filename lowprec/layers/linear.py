@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lowprec.layers.activations import UNCALIBRATED, ActivationQuantizer
-from lowprec.layers.elementwise import ACTIVATIONS
+from lowprec.layers.activations import ACTIVATIONS, ActivationQuantizer
 from lowprec.layers.weights import FoldedWeights, WeightQuantizer, bias_exponent_floor
 from lowprec.numerics.fixed_point import MINIMUM_EXPONENT, dequantize, quantize_to_grid
 from lowprec.recipe import WeightScheme
@@ -95,8 +94,12 @@ class QuantizedLayer(nn.Module, ABC):
 
         shortcut: of the result's shape, for layers that take one.
         """
-        output = self.unquantized(values, shortcut)
-        return output if self.quantizer is None else self.quantizer(output)
+        if self.quantizer is None:
+            return self.unquantized(values, shortcut)
+        output = self.normalized(values)
+        # No operator, batch norm or sum keeps its result for the backward pass.
+        output = self.quantizer(output if shortcut is None else output + shortcut, self.activation, overwrite=True)
+        return output.flatten(1) if self.flatten else output
 
     def unquantized(self, values: Tensor, shortcut: Tensor | None = None) -> Tensor:
         """The values that the output quantizer rounds."""
@@ -156,8 +159,8 @@ class QuantizedLayer(nn.Module, ABC):
 
     def _shift_floor(self) -> Tensor:
         """The least weight exponents at which no sum is shifted by more than SHIFT_LIMIT places."""
-        reached = [quantizer.exponent for quantizer in (self.quantizer, self.shortcut) if quantizer is not None]
-        calibrated = [exponent for exponent in reached if int(exponent) != UNCALIBRATED]
+        reached = [quantizer for quantizer in (self.quantizer, self.shortcut) if quantizer is not None]
+        calibrated = [quantizer.exponent for quantizer in reached if quantizer.calibrated]
         if not calibrated:
             return self.source.exponent.new_full((), MINIMUM_EXPONENT)
         return torch.stack(calibrated).amax() - self.source.exponent - SHIFT_LIMIT
