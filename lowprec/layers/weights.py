@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lowprec.numerics.clusters import ClusterLayout
 from lowprec.numerics.effective_codes import channel_exponents, effective_codes, mantissas
-from lowprec.numerics.fixed_point import dequantize, exponent_for
+from lowprec.numerics.fixed_point import exponent_for, power_of_two
 from lowprec.numerics.residual_planes import PlaneScales, descend_two_planes, ordered, solve_two_planes, two_plane_codes
 from lowprec.numerics.solvers import (
     ClusterScales,
@@ -23,11 +23,12 @@ from lowprec.numerics.solvers import (
     solve_ternary,
     ternary_codes,
 )
-from lowprec.numerics.straight_through import straight_through_weight
+from lowprec.numerics.straight_through import BLOCK, straight_through_weight
 from lowprec.recipe import WeightScheme
 
 # |bias| stays below 2^22 units, far from the 2^24 up to which float32 holds every integer.
 BIAS_LIMIT = 1 << 22
+ALL = slice(None)
 
 
 class FoldedWeights(NamedTuple):
@@ -84,13 +85,9 @@ class WeightQuantizer(nn.Module):
     @torch.no_grad()
     def descend(self, weight: Tensor) -> None:
         """Follows ``weight``, which moved a little: one descent step on the squared error."""
-        w_OGNP = self.layout.split(weight.detach().float())
-        if self.scheme.planes == 2:
-            self._keep_planes(descend_two_planes(w_OGNP, self._plane_scales, self.layout))
-        elif self.scheme.bits == 2:
-            self._keep(descend_ternary(w_OGNP, ClusterScales(self.scale, self.threshold), self.layout))
-        elif self.scheme.bits == 4:
-            self.scale.copy_(descend_four_bit(w_OGNP, self.scale, self.layout))
+        if self.scheme.bits != 8:
+            for rows in self._blocks(weight):
+                self._descend(self.layout.split_for_arithmetic(weight.detach()[rows].float()), rows)
 
     @torch.no_grad()
     def keep_scale(self, scale: Tensor, residual: Tensor | None = None) -> None:
@@ -112,7 +109,7 @@ class WeightQuantizer(nn.Module):
         """
         if self.scheme.bits == 8:
             return eight_bit_codes(weight, solve_eight_bit(weight))
-        return self.layout.merge(self._cluster_codes(weight))
+        return self.layout.merge(self._cluster_codes(self.layout.split(weight.detach().float()), ALL))
 
     def forward(self, weight: Tensor) -> Tensor:
         """c · 2^e, the weights with rounded mantissas that training multiplies; float32, shape of ``weight``.
@@ -120,8 +117,9 @@ class WeightQuantizer(nn.Module):
         Gradient: straight through to ``weight``, unclipped.
         """
         with torch.no_grad():
-            folded = self.fold(weight, None, None)
-            quantized = dequantize(folded.effective, folded.exponent.view(-1, *[1] * (weight.dim() - 1)))
+            quantized = torch.empty_like(weight, dtype=torch.float32)
+            for rows in self._blocks(weight):
+                self._quantize(weight.detach()[rows], rows, quantized[rows])
         return straight_through_weight(weight, quantized.to(weight.dtype))
 
     def fold(self, weight: Tensor, gain: Tensor | None, exponent_floor: Tensor | None) -> FoldedWeights:
@@ -131,40 +129,73 @@ class WeightQuantizer(nn.Module):
         below what the bias needs. In float64 where a gain is folded, so that every device rounds alike.
         """
         wide = torch.float32 if gain is None else torch.float64
-        channel = (-1, *[1] * (weight.dim() - 1))
         if self.scheme.bits == 8:
-            folded = weight.to(wide) if gain is None else weight.to(wide) * gain.view(channel)
+            folded = weight.to(wide) if gain is None else weight.to(wide) * gain.view(-1, *[1] * (weight.dim() - 1))
             exponent = solve_eight_bit(folded)
             if exponent_floor is not None:
                 exponent = torch.maximum(exponent, exponent_floor)
             codes = eight_bit_codes(folded, exponent)
             return FoldedWeights(codes, None, exponent, codes)
-        scale = (torch.stack(self._plane_scales) if self.scheme.planes == 2 else self.scale).to(wide)
+        scale = self._all_scales(ALL).to(wide)
         if gain is not None:
             scale = scale * gain.view(-1, 1, 1, 1)
         exponent = channel_exponents(scale, self.scheme.bits, exponent_floor)
         mantissa = mantissas(scale, exponent, self.scheme.bits)
-        codes = self._cluster_codes(weight)
+        codes = self._cluster_codes(self.layout.split(weight.detach().float()), ALL)
         effective = self.layout.merge(effective_codes(codes, mantissa, self.scheme.bits))
         return FoldedWeights(self.layout.merge(codes), mantissa, exponent, effective)
 
-    def _cluster_codes(self, weight: Tensor) -> Tensor:
-        w_OGNP = self.layout.split(weight.detach().float())
+    def _blocks(self, weight: Tensor) -> list[slice]:
+        """Output channels in parts whose temporaries stay in a processor's cache; all at once where that is no gain."""
+        if torch.compiler.is_compiling() or weight.is_cuda:
+            return [ALL]
+        channels = max(1, BLOCK * torch.get_num_threads() // weight[0].numel())
+        return [slice(first, first + channels) for first in range(0, len(weight), channels)]
+
+    def _quantize(self, weight: Tensor, rows: slice, quantized: Tensor) -> None:
+        """Writes the values of some output channels into ``quantized``, as unfolded mantissas give them."""
+        if self.scheme.bits == 8:
+            exponent = solve_eight_bit(weight)
+            by_channel = power_of_two(exponent).view(-1, *[1] * (weight.dim() - 1))
+            quantized.copy_(eight_bit_codes(weight, exponent).mul_(by_channel))
+            return
+        w_OGNP = self.layout.split_for_arithmetic(weight.float())
+        scale = self._all_scales(rows)
+        exponent = channel_exponents(scale, self.scheme.bits)
+        mantissa = mantissas(scale, exponent, self.scheme.bits)
+        effective = effective_codes(self._cluster_codes(w_OGNP, rows), mantissa, self.scheme.bits)
+        self.layout.merge_into(effective.mul_(power_of_two(exponent).view(-1, 1, 1, 1)), quantized)
+
+    def _descend(self, w_OGNP: Tensor, rows: slice) -> None:
         if self.scheme.planes == 2:
-            return two_plane_codes(w_OGNP, self._plane_scales)
-        return ternary_codes(w_OGNP, self.threshold) if self.scheme.bits == 2 else four_bit_codes(w_OGNP, self.scale)
+            self._keep_planes(descend_two_planes(w_OGNP, self._plane_scales(rows), self.layout), rows)
+        elif self.scheme.bits == 2:
+            scales = ClusterScales(self.scale[rows], self.threshold[rows])
+            self._keep(descend_ternary(w_OGNP, scales, self.layout), rows)
+        else:
+            self.scale[rows] = descend_four_bit(w_OGNP, self.scale[rows], self.layout)
 
-    @property
-    def _plane_scales(self) -> PlaneScales:
-        return PlaneScales(self.scale, self.residual_scale)
+    def _cluster_codes(self, w_OGNP: Tensor, rows: slice) -> Tensor:
+        if self.scheme.planes == 2:
+            return two_plane_codes(w_OGNP, self._plane_scales(rows))
+        if self.scheme.bits == 2:
+            return ternary_codes(w_OGNP, self.threshold[rows])
+        return four_bit_codes(w_OGNP, self.scale[rows])
 
-    def _keep_planes(self, scales: PlaneScales) -> None:
-        self.scale.copy_(scales.scale)
-        self.residual_scale.copy_(scales.residual)
+    def _all_scales(self, rows: slice) -> Tensor:
+        """[O, G, 1, 1 or P], of two planes [2, O, G, 1, 1 or P]."""
+        return torch.stack(self._plane_scales(rows)) if self.scheme.planes == 2 else self.scale[rows]
 
-    def _keep(self, scales: ClusterScales) -> None:
-        self.scale.copy_(scales.scale)
-        self.threshold.copy_(scales.threshold)
+    def _plane_scales(self, rows: slice) -> PlaneScales:
+        return PlaneScales(self.scale[rows], self.residual_scale[rows])
+
+    def _keep_planes(self, scales: PlaneScales, rows: slice = ALL) -> None:
+        self.scale[rows] = scales.scale
+        self.residual_scale[rows] = scales.residual
+
+    def _keep(self, scales: ClusterScales, rows: slice = ALL) -> None:
+        self.scale[rows] = scales.scale
+        self.threshold[rows] = scales.threshold
 
     def extra_repr(self) -> str:
         if self.scheme.bits == 8:

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+# Neighbours in memory that fill vector registers.
+LONG_RUN = 16
+
 
 @dataclass(frozen=True)
 class ClusterLayout:
@@ -75,10 +78,28 @@ class ClusterLayout:
             w_OIP = functional.pad(w_OIP, (0, 0, 0, missing))
         return w_OIP.reshape(weight.shape[0], self.groups, self.members, self.positions)
 
+    def split_for_arithmetic(self, weight: Tensor) -> Tensor:
+        """As :meth:`split`; where a cluster's members lie in short runs, a copy in which clusters lie side by side.
+
+        Sums over a handful of members, and products with one scale, are several times quicker for many clusters at once.
+        """
+        w_OGNP = self.split(weight)
+        run = self.members * (self.positions if w_OGNP.stride(3) == 1 else 1)
+        if run >= LONG_RUN:
+            return w_OGNP
+        return w_OGNP.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
+
     def merge(self, w_OGNP: Tensor) -> Tensor:
         """The inverse of :meth:`split`: w_OGNP -> [O, I, *kernel]."""
         w_OIP = w_OGNP.reshape(w_OGNP.shape[0], self.groups * self.members, self.positions)
-        return w_OIP[:, : self.weight_shape[1]].reshape(self.weight_shape)
+        return w_OIP[:, : self.weight_shape[1]].reshape(-1, *self.weight_shape[1:])
+
+    def merge_into(self, w_OGNP: Tensor, weight: Tensor) -> None:
+        """Writes what :meth:`merge` gives into ``weight`` [o, I, *kernel], of all output channels or of some."""
+        if self.groups * self.members == self.weight_shape[1]:
+            self.split(weight).copy_(w_OGNP)
+        else:
+            weight.copy_(self.merge(w_OGNP))
 
     def members_of_clusters(self, device: torch.device | str = "cpu") -> Tensor:
         """Input channels in each cluster [G], int64: N, and what is left in the last."""

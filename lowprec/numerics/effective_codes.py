@@ -71,5 +71,6 @@ def effective_codes(codes: Tensor, mantissa: Tensor, bits: int) -> Tensor:
     if plane_count(mantissa) == 2:
         first, second = planes_of(codes)
         return first * mantissa[0] + second * mantissa[1]
-    product = codes * mantissa
-    return product if bits == 2 else round_half_even(product * 2.0**-FOUR_BIT_SHIFT)
+    if bits == 2:
+        return codes * mantissa
+    return (codes * (mantissa * 2.0**-FOUR_BIT_SHIFT)).round_()

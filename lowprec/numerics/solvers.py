@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowprec.numerics.clusters import ClusterLayout
 from lowprec.numerics.fixed_point import SIGNED_8_BIT as EIGHT_BIT_CODES
-from lowprec.numerics.fixed_point import dequantize, exponent_for, quantize, round_half_even
+from lowprec.numerics.fixed_point import exponent_for, power_of_two, quantize, scale_by_power_of_two
 
 FOUR_BIT_LIMIT = 7
 # Starting points of the 4-bit solver, as shares of the scale that just fits the largest weight: below 1, where clipping
@@ -70,7 +70,8 @@ def solve_ternary(weight: Tensor, layout: ClusterLayout, solver: str = "exact") 
 
 def ternary_codes(w_OGNP: Tensor, threshold: Tensor) -> Tensor:
     """-1, 0, 1 of each weight: its sign where its magnitude reaches the threshold of its cluster."""
-    return torch.sign(w_OGNP) * (w_OGNP.abs() >= threshold)
+    # In place: comparisons that give numbers are vectorized, those that give booleans are not.
+    return torch.sign(w_OGNP).mul_(w_OGNP.abs().ge_(threshold))
 
 
 def descend_ternary(w_OGNP: Tensor, scales: ClusterScales, layout: ClusterLayout) -> ClusterScales:
@@ -83,9 +84,9 @@ def descend_ternary(w_OGNP: Tensor, scales: ClusterScales, layout: ClusterLayout
     counts = layout.members_of_clusters(w_OGNP.device).view(1, -1, 1, 1)
     counts = counts * (layout.positions if layout.shares_positions else 1)
     mean = magnitude.sum(layout.shared_axes, keepdim=True) / counts
-    support = magnitude >= torch.where(scales.scale > 0, scales.scale, mean) / 2
+    support = magnitude.clone().ge_(torch.where(scales.scale > 0, scales.scale, mean) / 2)
     size = support.sum(layout.shared_axes, keepdim=True)
-    support_mean = (magnitude * support).sum(layout.shared_axes, keepdim=True) / size.clamp(min=1)
+    support_mean = support.mul_(magnitude).sum(layout.shared_axes, keepdim=True) / size.clamp(min=1)
     scale = torch.where(size > 0, support_mean, mean).to(torch.float32)
     threshold = torch.where(scale > 0, scale / 2, torch.inf)
     return ClusterScales(scale, threshold)
@@ -106,15 +107,17 @@ def solve_four_bit(weight: Tensor, layout: ClusterLayout) -> Tensor:
 
 def four_bit_codes(w_OGNP: Tensor, scale: Tensor) -> Tensor:
     """-7 ... 7 of each weight: clamp(round_half_even(w / s)), 0 in a cluster of scale 0."""
-    return round_half_even(w_OGNP / torch.where(scale > 0, scale, torch.inf)).clamp(-FOUR_BIT_LIMIT, FOUR_BIT_LIMIT)
+    codes = (w_OGNP / torch.where(scale > 0, scale, torch.inf)).round_()
+    return codes.clamp_(-FOUR_BIT_LIMIT, FOUR_BIT_LIMIT)
 
 
 def descend_four_bit(w_OGNP: Tensor, scale: Tensor, layout: ClusterLayout) -> Tensor:
     """One descent step of :func:`solve_four_bit`; a cluster whose codes are all zero restarts at max |w| / 7."""
     weights = w_OGNP.detach()
     codes = four_bit_codes(weights, scale)
-    power = (codes * codes).sum(layout.shared_axes, keepdim=True)
-    fitted = (weights * codes).sum(layout.shared_axes, keepdim=True) / power.clamp(min=1)
+    explained = (weights * codes).sum(layout.shared_axes, keepdim=True)
+    power = codes.square_().sum(layout.shared_axes, keepdim=True)
+    fitted = explained / power.clamp(min=1)
     restart = weights.abs().amax(layout.shared_axes, keepdim=True) / FOUR_BIT_LIMIT
     return torch.where(power > 0, fitted, restart).to(torch.float32)
 
@@ -125,13 +128,13 @@ def solve_eight_bit(weight: Tensor) -> Tensor:
     rows = rows if rows.dtype == torch.float64 else rows.to(torch.float32)
     fitting = exponent_for(rows.abs().amax(1), EIGHT_BIT_CODES.high)
     candidates = torch.stack([fitting, fitting - 1, fitting - 2])
-    errors = torch.stack(
-        [
-            (dequantize(quantize(rows, exponent[:, None], EIGHT_BIT_CODES), exponent[:, None]) - rows).square().sum(1)
-            for exponent in candidates
-        ]
-    )
+    errors = torch.stack([_eight_bit_error(rows, exponent[:, None]) for exponent in candidates])
     return candidates.gather(0, errors.argmin(0, keepdim=True))[0]
+
+
+def _eight_bit_error(rows: Tensor, exponent: Tensor) -> Tensor:
+    codes = scale_by_power_of_two(rows, -exponent).round_().clamp_(EIGHT_BIT_CODES.low, EIGHT_BIT_CODES.high)
+    return codes.mul_(power_of_two(exponent, codes.dtype)).sub_(rows).square_().sum(1)
 
 
 def eight_bit_codes(weight: Tensor, exponent: Tensor) -> Tensor:

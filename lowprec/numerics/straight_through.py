@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from lowprec.numerics.fixed_point import CodeRange, round_half_even
 
 # Elements of a block for each thread: several passes over one find it in the processor's cache.
-BLOCK = 1 << 17
+BLOCK = 1 << 18
 
 
 class StraightThroughWeight(torch.autograd.Function):
