@@ -45,7 +45,7 @@ class QuantizedAveragePool(nn.Module):
         """The values that the quantizer rounds."""
         if self.kernel_size is None:
             total = values.sum(self.axes, keepdim=self.keep_axes)
-            size = prod(values.shape[axis] for axis in self.axes)
+            size = prod([values.shape[axis] for axis in self.axes])  # a list: torch.compile follows no generator
             return total / torch.full((), size, dtype=total.dtype, device=total.device)
         ones = torch.ones_like(values[:1, :1])
         return self._window_sums(values) / window_sizes(
