@@ -7,11 +7,14 @@ bias with the batch norm folded in, rounded just as the integer model holds them
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from typing_extensions import Self
 
 from lowprec.layers.activations import ACTIVATIONS, ActivationQuantizer
 from lowprec.layers.weights import FoldedWeights, WeightQuantizer, bias_exponent_floor
@@ -66,6 +69,8 @@ class QuantizedLayer(nn.Module, ABC):
         self.weight_quantizer = WeightQuantizer(tuple(operator.weight.shape), scheme)
         self.weight_quantizer.to(operator.weight.device)
         self.weight_quantizer.solve(operator.weight, name)
+        self._keeping = False
+        self._kept: tuple[Tensor, Tensor] | None = None
 
     @abstractmethod
     def operate(self, values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -165,10 +170,23 @@ class QuantizedLayer(nn.Module, ABC):
             return self.source.exponent.new_full((), MINIMUM_EXPONENT)
         return torch.stack(calibrated).amax() - self.source.exponent - SHIFT_LIMIT
 
+    def keep_folded(self, keeping: bool) -> None:
+        """Whether evaluation folds once and keeps the result, see :func:`folded_once`; what is kept is dropped."""
+        self._keeping, self._kept = keeping, None
+
+    def train(self, mode: bool = True) -> Self:
+        self._kept = None  # what is trained is folded anew
+        return super().train(mode)
+
     def _evaluate(self, values: Tensor) -> Tensor:
-        weights, bias = self.fold()
-        exponent = weights.exponent.view(-1, *[1] * (self.weight.dim() - 1))
-        weight = dequantize(weights.effective.to(values.dtype), exponent)
+        if self._kept is not None:
+            weight, bias = self._kept
+        else:
+            folded = self.fold()
+            exponent = folded.weights.exponent.view(-1, *[1] * (self.weight.dim() - 1))
+            weight, bias = dequantize(folded.weights.effective.float(), exponent), folded.bias
+            if self._keeping and not torch.compiler.is_compiling():
+                self._kept = weight, bias
         return self.operate(values, weight.to(values.dtype), bias.to(values.dtype))
 
     def _normalize(self, values: Tensor) -> Tensor:
@@ -241,3 +259,16 @@ class QuantizedBatchNorm2d(QuantizedLayer):
     def normalized(self, values: Tensor) -> Tensor:
         # With a weight of one there is nothing to quantize until the batch norm is folded into it.
         return self._evaluate(values) if self.quantizing and not self.training else self._normalize(values)
+
+
+@contextmanager
+def folded_once(model: nn.Module) -> Iterator[None]:
+    """Within it, layers in evaluation mode fold weights and batch norm once, not for each batch: nothing may change them."""
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLayer)]
+    for layer in layers:
+        layer.keep_folded(True)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.keep_folded(False)

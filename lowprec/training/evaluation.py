@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
+from lowprec.layers.linear import folded_once
 from lowprec.training import processes
 from lowprec.training.precision import float32_evaluation
 
@@ -25,10 +27,11 @@ def top1(predict: Predictor, batches: Iterable[tuple[Tensor, Tensor]], device: t
     Raises:
         ValueError: there are no images, so there is no accuracy either.
     """
+    once = contextlib.nullcontext()
     if isinstance(predict, nn.Module):
-        predict.to(device).eval()
+        once = folded_once(predict.to(device).eval())
     correct = total = 0
-    with float32_evaluation(torch.device(device)):
+    with float32_evaluation(torch.device(device)), once:
         for images, labels in batches:
             logits = predict(images.to(device))
             correct += int((logits.argmax(dim=1).cpu() == labels).sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lowprec.config import DistillationConfig, OptimConfig
+from lowprec.layers.linear import folded_once
 from lowprec.training import processes
 from lowprec.training.distillation import training_loss
 from lowprec.training.optimizer import create_optimizer, create_schedule
@@ -54,6 +56,7 @@ class Classification(lightning.LightningModule):
         # Loss, correct ones and images of an epoch: sums of this process's share.
         self._training = torch.zeros(3, dtype=torch.float64)
         self._validation = torch.zeros(3, dtype=torch.float64)
+        self._folded = contextlib.ExitStack()
         # In a tuple for the same reason as the teacher below.
         self._compiled = (torch.compile(self.model),) if compiled else ()
         # In a tuple, so that it is no submodule: the teacher is neither trained nor saved in checkpoints.
@@ -109,6 +112,7 @@ class Classification(lightning.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self._validation = torch.zeros(3, dtype=torch.float64, device=self.device)
+        self._folded.enter_context(folded_once(self.model))
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         images, labels = batch
@@ -118,6 +122,7 @@ class Classification(lightning.LightningModule):
         self._validation += _sums(loss, logits, labels)
 
     def on_validation_epoch_end(self) -> None:
+        self._folded.close()
         self._log_means("val", self._validation)
 
     def _log_means(self, split: str, sums: Tensor, **settings: Any) -> None:

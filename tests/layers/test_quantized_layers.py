@@ -5,7 +5,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lowprec.layers import ActivationQuantizer, QuantizedConv2d, QuantizedLinear
+import lowprec
+from lowprec.layers import ActivationQuantizer, QuantizedConv2d, QuantizedLayer, QuantizedLinear
+from lowprec.layers.linear import folded_once
 from lowprec.numerics.fixed_point import power_of_two
 from lowprec.recipe import WeightScheme
 
@@ -147,3 +149,30 @@ def test_an_uncalibrated_quantizer_says_what_to_call() -> None:
     assert torch.equal(other(torch.tensor([0.3])), torch.tensor([0.25]))
     other.load_state_dict(ActivationQuantizer(signed=True).state_dict())
     assert not other.calibrated
+
+
+def test_folded_once_folds_once_and_forgets_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+    images = torch.randn(5, 1, 6, 6)
+    qmodel = lowprec.prepare(model, "w2a8_n4", images)
+    lowprec.calibrate(qmodel, [images])
+    qmodel.eval()
+    expected, folds = qmodel(images), []
+    fold = QuantizedLayer.fold
+    monkeypatch.setattr(QuantizedLayer, "fold", lambda layer: folds.append(layer) or fold(layer))
+    with folded_once(qmodel):
+        assert all(torch.equal(qmodel(images), expected) for _ in range(3))
+    assert len(folds) == 2
+    with torch.no_grad():
+        for parameter in qmodel.parameters():
+            parameter.mul_(-1)
+    assert not torch.equal(qmodel(images), expected)
+    assert len(folds) == 4
+    with folded_once(qmodel):
+        qmodel(images)
+        qmodel.train()
+        qmodel(images)
+        qmodel.eval()
+        qmodel(images)
+    assert len(folds) == 8
