@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ def top1(predict: Predictor, batches: Iterable[tuple[Tensor, Tensor]], device: t
     Raises:
         ValueError: there are no images, so there is no accuracy either.
     """
-    once = contextlib.nullcontext()
+    once: AbstractContextManager[None] = nullcontext()
     if isinstance(predict, nn.Module):
         once = folded_once(predict.to(device).eval())
     correct = total = 0

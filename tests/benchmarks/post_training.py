@@ -9,6 +9,8 @@ Prints points of test top-1 lost against full precision, and seconds. Calibratio
     python tests/benchmarks/post_training.py model=cifar_resnet20 model.arguments.stem_stride=2 baseline.max_epochs=45
     python tests/benchmarks/post_training.py 'model.arguments={width: 8, stem_stride: 2}' baseline.max_epochs=16
     python tests/benchmarks/post_training.py model=cifar_mobilenetv2
+    python tests/benchmarks/post_training.py model=vit_small_images baseline.max_epochs=6 baseline.optim.name=adamw \
+        baseline.optim.learning_rate=1e-3
 """
 
 from __future__ import annotations
