@@ -1,4 +1,4 @@
-"""What reconstruction is worth without any training: top-1 of weights as solved, and of weights fitted to outputs.
+r"""What reconstruction is worth without any training: top-1 of weights as solved, and of weights fitted to outputs.
 
     python tests/benchmarks/post_training.py [OVERRIDE …]
 
