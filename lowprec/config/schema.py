@@ -16,7 +16,7 @@ from omegaconf import MISSING
 from lowprec.budget import Budget
 from lowprec.recipe import Recipe
 
-TASKS = ("train", "evaluate", "verify", "export", "cost", "sensitivity", "report", "compare", "sbatch")
+TASKS = ("train", "evaluate", "verify", "export", "cost", "sensitivity", "report", "compare", "sbatch", "list")
 PHOTOGRAPHS = ("imagenet", "image_folder", "shards")
 DATA_SETS = ("fashion_mnist", "digits", "cifar10", "cifar100", *PHOTOGRAPHS)
 HEADS = ("strict", "new")

@@ -14,6 +14,7 @@ from pathlib import Path
 from signal import SIGINT
 from typing import TYPE_CHECKING, Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from lowprec.config import ConfigError, RunConfig
@@ -22,6 +23,7 @@ from lowprec.report.terminal import create_console
 from lowprec.run.compose import check_sweep, run_config
 from lowprec.run.directory import RunDirectory, RunFileError, RunInUseError
 from lowprec.run.launcher import launch_processes, needs_launch
+from lowprec.run.listing import listing
 from lowprec.run.sbatch import FAILURE_FILE, batch_script
 
 if TYPE_CHECKING:
@@ -66,6 +68,9 @@ def execute(composed: DictConfig, choices: Mapping[str, Any], overrides: Iterabl
         if config.task == "sbatch":
             print(batch_script(config, overrides), end="")
             return 0
+        if config.task == "list":
+            print(listing(_config_folder()))
+            return 0
         if needs_launch(config):
             return launch_processes(config, overrides)
     except ConfigError as error:
@@ -76,6 +81,12 @@ def execute(composed: DictConfig, choices: Mapping[str, Any], overrides: Iterabl
     except Exception:
         _told(FAILED)
         raise
+
+
+def _config_folder() -> Path:
+    """Where the configuration was composed from."""
+    sources = HydraConfig.get().runtime.config_sources
+    return Path(next(source.path for source in sources if source.provider == "main"))
 
 
 def _told(code: int) -> int:
