@@ -65,7 +65,8 @@ class ConfigError(ValueError):
 class ModelConfig:
     """The full-precision model. ``checkpoint`` (a path) wins over ``pretrained`` (the name's own published weights).
 
-    ``head``: ``strict`` asks weights for the data's number of classes; ``new`` loads all but the classifier.
+    ``head``: ``strict`` asks weights for the data's number of classes; ``new`` loads all but the classifier, and trains the
+    model as a full-precision baseline from there.
     """
 
     name: str = MISSING
@@ -73,6 +74,11 @@ class ModelConfig:
     checkpoint: Optional[str] = None  # noqa: UP045
     head: str = "strict"
     arguments: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_trained_here(self) -> bool:
+        """Whether quantization starts from a baseline of this project's own training."""
+        return self.head == "new" or (self.checkpoint is None and not self.pretrained)
 
 
 @dataclass

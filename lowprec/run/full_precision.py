@@ -46,23 +46,30 @@ def build_model(config: RunConfig, *, num_classes: int | None, pretrained: bool 
 def full_precision_model(config: RunConfig, data: Any, console: Console) -> nn.Module:
     """The model that quantization starts from, on the CPU and in eval mode.
 
-    ``model.checkpoint`` wins over ``model.pretrained``; without either, the baseline is trained, once for all runs
-    whose settings of it agree.
+    ``model.checkpoint`` wins over ``model.pretrained``; without either, and where their classifier is left out, the baseline is
+    trained, once for all runs whose settings of it agree.
     """
     seed_everything(config.seed, workers=True, verbose=False)
-    if config.model.checkpoint is not None:
-        model = build_model(config, num_classes=data.num_classes)
-        load_checkpoint(model, config.model.checkpoint, head=config.model.head)
-    elif config.model.pretrained:
-        model = build_model(config, num_classes=data.num_classes, pretrained=True)
-        check_published_head(model, data.num_classes, head=config.model.head)
-    else:
-        path = _baseline(config, data, console)
-        # Built anew, so that a run goes on from the same tensors whether the baseline was trained just now or found.
-        model = build_model(config, num_classes=data.num_classes)
-        load_checkpoint(model, path)
+    if not config.model.is_trained_here:
+        return _given_model(config, data).eval()
+    path = _baseline(config, data, console)
+    # Built anew, so that a run goes on from the same tensors whether the baseline was trained just now or found.
+    model = build_model(config, num_classes=data.num_classes)
+    load_checkpoint(model, path)
     _check_finite(model, config)
     return model.eval()
+
+
+def _given_model(config: RunConfig, data: Any) -> nn.Module:
+    """The model with the weights that it is given, random ones where there are none."""
+    pretrained = config.model.pretrained and config.model.checkpoint is None
+    model = build_model(config, num_classes=data.num_classes, pretrained=pretrained)
+    if config.model.checkpoint is not None:
+        load_checkpoint(model, config.model.checkpoint, head=config.model.head)
+    elif pretrained:
+        check_published_head(model, data.num_classes, head=config.model.head)
+    _check_finite(model, config)
+    return model
 
 
 def _check_finite(model: nn.Module, config: RunConfig) -> None:
@@ -105,9 +112,19 @@ def baseline_file(config: RunConfig, fingerprint: str | None) -> Path:
         "trainer": trainer,
         "seed": config.seed,
     }
+    # Left out without given weights, as in baselines that were trained before these could be begun from.
+    if config.model.checkpoint is not None:
+        settings["checkpoint"] = _digest(Path(config.model.checkpoint))
+    elif config.model.pretrained:
+        settings["pretrained"] = True
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
     name = re.sub(r"[^\w.-]+", "_", f"{config.data.name}-{config.model.name}-{digest}")
     return Path(config.runs_dir) / "baselines" / f"{name}.safetensors"
+
+
+def _digest(file: Path) -> str:
+    """Of a file's content; nothing of one that is not there, which loading it will say."""
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
 
 
 def training_identity(config: RunConfig, recipe: Recipe | None = None) -> dict[str, Any]:
@@ -137,7 +154,11 @@ def _baseline(config: RunConfig, data: Any, console: Console) -> Path:
         if processes.on_main(found):
             console.print(f"full-precision baseline: {path}")
         else:
-            console.print(f"full-precision baseline: none yet, training one ({config.baseline.max_epochs} epochs)")
+            given = config.model.checkpoint or ("published weights" if config.model.pretrained else None)
+            start = f" from {given} with a new classifier" if given else ""
+            console.print(
+                f"full-precision baseline: none yet, training one{start} ({config.baseline.max_epochs} epochs)"
+            )
             _train_baseline(config, data, console, path)
     finally:
         lock.release()
@@ -148,7 +169,7 @@ def _train_baseline(config: RunConfig, data: Any, console: Console, path: Path) 
     # Its checkpoints lie beside it while it trains, so that whichever run comes next goes on with it.
     folder = path.with_suffix("")
     processes.on_main(lambda: folder.mkdir(exist_ok=True))
-    model = build_model(config, num_classes=data.num_classes)
+    model = _given_model(config, data)
     module = Classification(
         model,
         config.baseline.optim,

@@ -115,7 +115,7 @@ def _measure(content: RunContent, directory: RunDirectory) -> None:
 
 def _full_precision(config: RunConfig, data: DataModule) -> tuple[Any, str]:
     """The model that the run began with, or None and the reason; it is never trained here."""
-    if config.model.checkpoint is None and not config.model.pretrained:
+    if config.model.is_trained_here:
         file = baseline_file(config, data.fingerprint)
         if not file.is_file():
             return None, f"there is no {file}."

@@ -166,10 +166,9 @@ def sensitivity_of(config: RunConfig, console: Console) -> Summary:
 
 
 def _check_one_process(current: Run) -> None:
-    config, model, trainer = current.config, current.config.model, current.config.trainer
-    trained_here = model.checkpoint is None and not model.pretrained
+    config, trainer = current.config, current.config.trainer
     if (
-        trained_here
+        config.model.is_trained_here
         and trainer.nodes * trainer.devices > 1
         and not baseline_file(config, current.data.fingerprint).is_file()
     ):

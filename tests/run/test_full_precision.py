@@ -111,3 +111,32 @@ def test_a_checkpoint_with_nan_is_refused_by_the_tensors_name(tmp_path: Path) ->
     save_checkpoint(model, tmp_path / "nan.safetensors", {})
     with pytest.raises(CheckpointError, match=r"values of classifier.weight are infinite or NaN"):
         full_precision_model(config, data, Console(quiet=True))
+
+
+def test_a_new_classifier_is_trained_in_full_precision_from_the_given_weights(tmp_path: Path) -> None:
+    file = tmp_path / "five.safetensors"
+    config = compose(
+        *("experiment=digits_smoke", f"runs_dir={tmp_path}", f"model.checkpoint={file}", "model.head=new"),
+        *("data.limit_train=64", "baseline.max_epochs=1", "baseline.optim.warmup_epochs=0"),
+        *("baseline.optim.learning_rate=1e-6", "trainer.threads=1"),
+    )
+    given = build_model(config, num_classes=5)
+    save_checkpoint(given, file, {})
+    data = run_data(config)
+
+    says = io.StringIO()
+    model = full_precision_model(config, data, Console(file=says, width=500))
+    assert f"training one from {file} with a new classifier (1 epochs)" in says.getvalue()
+    weights = dict(model.named_parameters())
+    assert weights["classifier.weight"].shape[0] == 10
+    # At a rate of next to nothing the features are still the given ones.
+    for name, parameter in given.named_parameters():
+        if not name.startswith("classifier"):
+            torch.testing.assert_close(weights[name], parameter, rtol=0, atol=1e-4)
+    again = full_precision_model(config, data, Console(file=says, width=500))
+    assert says.getvalue().count("training one") == 1
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), again.parameters(), strict=True))
+    before = baseline_file(config, data.fingerprint)
+    torch.nn.init.ones_(given.classifier.bias)  # type: ignore[union-attr]
+    save_checkpoint(given, file, {})
+    assert baseline_file(config, data.fingerprint) != before
