@@ -5,10 +5,14 @@ from __future__ import annotations
 import ast
 import doctest
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+import lowprec
 
 REPOSITORY = Path(__file__).parents[1]
 PAGES = sorted((REPOSITORY / "docs").glob("*.md"))
@@ -46,3 +50,13 @@ def test_the_errors_of_the_faq_are_the_codes_own() -> None:
     assert len(errors) == 20
     known = messages()
     assert [error for error in errors if not any(error in message for message in known)] == []
+
+
+@pytest.mark.slow
+def test_the_api_reference_holds_every_public_name(tmp_path: Path) -> None:
+    command = [sys.executable, str(REPOSITORY / "docs" / "api_reference.py"), str(tmp_path)]
+    subprocess.run(command, check=True, timeout=300)
+    page = (tmp_path / "lowprec.html").read_text()
+    assert [name for name in lowprec.__all__ if f'id="{name}"' not in page] == []
+    assert "Raises" in page
+    assert "full-precision" in page
