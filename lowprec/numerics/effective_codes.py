@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowprec.numerics.fixed_point import exponent_for, round_half_even, scale_by_power_of_two
+from lowprec.numerics.fixed_point import exponent_for, round_half_even, round_half_even_, scale_by_power_of_two
 
 # Largest |a|: a ternary weight's effective code is a·t; a 4-bit one's is a·q / 2^4, at most 127·7 / 16 = 55.6.
 MANTISSA_LIMIT = {2: 64, 4: 127}
@@ -73,4 +73,4 @@ def effective_codes(codes: Tensor, mantissa: Tensor, bits: int) -> Tensor:
         return first * mantissa[0] + second * mantissa[1]
     if bits == 2:
         return codes * mantissa
-    return (codes * (mantissa * 2.0**-FOUR_BIT_SHIFT)).round_()
+    return round_half_even_(codes * (mantissa * 2.0**-FOUR_BIT_SHIFT))

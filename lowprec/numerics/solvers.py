@@ -15,7 +15,13 @@ from torch import Tensor
 
 from lowprec.numerics.clusters import ClusterLayout
 from lowprec.numerics.fixed_point import SIGNED_8_BIT as EIGHT_BIT_CODES
-from lowprec.numerics.fixed_point import exponent_for, power_of_two, quantize, scale_by_power_of_two
+from lowprec.numerics.fixed_point import (
+    exponent_for,
+    power_of_two,
+    quantize,
+    round_half_even_,
+    scale_by_power_of_two,
+)
 
 FOUR_BIT_LIMIT = 7
 # Starting points of the 4-bit solver, as shares of the scale that just fits the largest weight: below 1, where clipping
@@ -107,7 +113,7 @@ def solve_four_bit(weight: Tensor, layout: ClusterLayout) -> Tensor:
 
 def four_bit_codes(w_OGNP: Tensor, scale: Tensor) -> Tensor:
     """-7 ... 7 of each weight: clamp(round_half_even(w / s)), 0 in a cluster of scale 0."""
-    codes = (w_OGNP / torch.where(scale > 0, scale, torch.inf)).round_()
+    codes = round_half_even_(w_OGNP / torch.where(scale > 0, scale, torch.inf))
     return codes.clamp_(-FOUR_BIT_LIMIT, FOUR_BIT_LIMIT)
 
 
@@ -133,7 +139,8 @@ def solve_eight_bit(weight: Tensor) -> Tensor:
 
 
 def _eight_bit_error(rows: Tensor, exponent: Tensor) -> Tensor:
-    codes = scale_by_power_of_two(rows, -exponent).round_().clamp_(EIGHT_BIT_CODES.low, EIGHT_BIT_CODES.high)
+    codes = round_half_even_(scale_by_power_of_two(rows, -exponent))
+    codes.clamp_(EIGHT_BIT_CODES.low, EIGHT_BIT_CODES.high)
     return codes.mul_(power_of_two(exponent, codes.dtype)).sub_(rows).square_().sum(1)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from lowprec.numerics.fixed_point import CodeRange, round_half_even
+from lowprec.numerics.fixed_point import CodeRange, round_half_even, round_half_even_
 
 # Elements of a block for each thread: several passes over one find it in the processor's cache.
 BLOCK = 1 << 18
@@ -63,7 +63,7 @@ class StraightThroughActivation(torch.autograd.Function):
                     limited = torch.minimum(limited, torch.nextafter(six, torch.zeros_like(six)))
                 # Comparisons that give numbers are vectorized, those that give booleans are not.
                 inside.append(_packed(limited.eq_(block)))
-            block.round_().clamp_(low, high)
+            round_half_even_(block).clamp_(0 if activation else low, high)
             if activation == "relu6":
                 torch.minimum(block, round_half_even(six), out=block)
             block.mul_(scale)

@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional
 
+from lowprec.numerics import straight_through
 from lowprec.numerics.fixed_point import SIGNED_8_BIT, UNSIGNED_8_BIT, CodeRange
 from lowprec.numerics.straight_through import straight_through_activation, straight_through_weight
 
@@ -58,3 +61,64 @@ def test_float16_is_computed_in_float32() -> None:
     result.sum().backward()
     assert values.grad.dtype == torch.float16
     assert values.grad.tolist() == [1.0, 1.0, 1.0]
+
+
+ACTIVATIONS = {"": lambda values: values, "relu": functional.relu, "relu6": functional.relu6}
+
+
+def expected(
+    values: Tensor, exponent: int, codes: CodeRange, activation: str, upstream: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Value and gradient, one operation after the other, from the definition."""
+    values = values.detach().requires_grad_()
+    activated = ACTIVATIONS[activation](values)
+    code = torch.round(activated.detach() * 2.0**-exponent)
+    inside = (code >= codes.low) & (code <= codes.high)
+    (activated * inside).backward(upstream)
+    assert values.grad is not None
+    return code.clamp(codes.low, codes.high) * 2.0**exponent, values.grad
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("exponent", [-9, -5, -3, 0])
+def test_activation_functions_and_blocks(
+    exponent: int, activation: str, overwrite: bool, memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of a size that divides nothing; values on and beside ties, zero and six among them."""
+    monkeypatch.setattr(straight_through, "BLOCK", 37)
+    codes = UNSIGNED_8_BIT if activation else SIGNED_8_BIT
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(-600, 1200, (3, 5, 7, 4), generator=generator) / 4 * 2.0**exponent
+    values[0, 0, 0] = torch.tensor([0.0, -0.0, 6.0, 6.0 - 2.0**-20])
+    values = values.contiguous(memory_format=memory_format)
+    upstream = torch.randn(values.shape, generator=generator)
+    wanted, gradient = expected(values, exponent, codes, activation, upstream)
+    source = values.clone().requires_grad_()
+    own = source * 1.0
+    result = straight_through_activation(own, torch.tensor(2.0**exponent), codes, activation, overwrite)
+    assert (result.data_ptr() == own.data_ptr()) == overwrite
+    assert torch.equal(result, wanted)
+    result.backward(upstream)  # in another memory format than channels-last values
+    assert torch.equal(source.grad, gradient)
+    with torch.no_grad():
+        again = straight_through_activation(values.clone(), torch.tensor(2.0**exponent), codes, activation, overwrite)
+    assert torch.equal(again, wanted)
+
+
+def test_a_tensor_that_is_not_one_stretch_of_memory_is_left_alone() -> None:
+    whole = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    before = whole.clone()
+    for part in (whole[:, 1:4], whole.T):
+        wanted, _ = expected(part, -3, SIGNED_8_BIT, "", torch.ones_like(part))
+        assert torch.equal(
+            straight_through_activation(part, torch.tensor(2.0**-3), SIGNED_8_BIT, overwrite=True), wanted
+        )
+    assert torch.equal(whole, before)
+
+
+def test_no_values_at_all() -> None:
+    empty = torch.zeros(0, 3, 4, 4, requires_grad=True)
+    straight_through_activation(empty, torch.tensor(1.0), UNSIGNED_8_BIT, "relu").sum().backward()
+    assert empty.grad.shape == empty.shape
