@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
 
 from lowprec.layers import ActivationQuantizer, quantized_layers
+from lowprec.layers.activations import ACTIVATIONS
 from lowprec.layers.weights import WeightQuantizer
 from lowprec.numerics.straight_through import straight_through_weight
 
@@ -103,7 +104,7 @@ def learned_scales(setting: Setting) -> Iterator[list[Callback]]:
         limit = 1 if quantizer.scheme.bits == 2 else 7
         with torch.no_grad():
             w_OGNP = quantizer.layout.split(weight.detach().float())
-            codes = quantizer._cluster_codes(weight)
+            codes = quantizer.layout.split(quantizer.codes(weight))
             ratio = torch.where(quantizer.scale > 0, w_OGNP / quantizer.scale, 0.0)
             slope = torch.where(ratio.abs() <= limit, codes - ratio, codes)
             slope = slope / math.sqrt(quantizer.layout.weights_per_cluster * limit)
@@ -123,7 +124,8 @@ def unrounded_scales(setting: Setting) -> Iterator[list[Callback]]:
         if quantizer.scheme.bits == 8:
             return original(quantizer, weight)
         with torch.no_grad():
-            quantized = quantizer.layout.merge(quantizer._cluster_codes(weight) * quantizer.scale)
+            codes = quantizer.layout.split(quantizer.codes(weight))
+            quantized = quantizer.layout.merge(codes * quantizer.scale)
         return straight_through_weight(weight, quantized)
 
     with patch.object(WeightQuantizer, "forward", forward):
@@ -288,7 +290,10 @@ def learned_exponents(rate: float) -> Method:
         optimizer = torch.optim.Adam(learned.values(), lr=rate)
         original = ActivationQuantizer.forward
 
-        def forward(quantizer: ActivationQuantizer, values: Tensor) -> Tensor:
+        def forward(
+            quantizer: ActivationQuantizer, values: Tensor, activation: str = "", overwrite: bool = False
+        ) -> Tensor:
+            values = ACTIVATIONS[activation](values)
             if not quantizer.training or quantizer not in learned:
                 return original(quantizer, values)
             return _LearnedExponent.apply(values, learned[quantizer], quantizer.codes.low, quantizer.codes.high)
