@@ -46,7 +46,7 @@ class _Dampening(_Penalty):
                 quantizer = layer.weight_quantizer
                 with torch.no_grad():
                     largest = quantizer.scale * (1 if layer.scheme.bits == 2 else 7)
-                    codes = quantizer._cluster_codes(layer.weight) * quantizer.scale
+                    codes = quantizer.layout.split(quantizer.codes(layer.weight)) * quantizer.scale
                 w_OGNP = quantizer.layout.split(layer.weight)
                 terms.append((w_OGNP.clamp(-largest, largest) - codes).square().sum())
         return self.strength * share * torch.stack(terms).sum()
