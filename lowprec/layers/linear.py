@@ -9,17 +9,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from typing_extensions import Self
 
 from lowprec.layers.activations import ACTIVATIONS, ActivationQuantizer
 from lowprec.layers.weights import FoldedWeights, WeightQuantizer, bias_exponent_floor
 from lowprec.numerics.fixed_point import MINIMUM_EXPONENT, dequantize, quantize_to_grid
 from lowprec.recipe import WeightScheme
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # A sum that is shifted by at most 15 places and then lies in the range of 8-bit codes is below 2^24, bias and zero point
 # included: kernels that hold it in float32 before they round are exact. Larger sums are clamped whatever they are.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lowprec.numerics.clusters import ClusterLayout
 from lowprec.numerics.effective_codes import channel_exponents, effective_codes, mantissas
-from lowprec.numerics.fixed_point import exponent_for, power_of_two
+from lowprec.numerics.fixed_point import dequantize, exponent_for
 from lowprec.numerics.residual_planes import PlaneScales, descend_two_planes, ordered, solve_two_planes, two_plane_codes
 from lowprec.numerics.solvers import (
     ClusterScales,
@@ -156,15 +156,15 @@ class WeightQuantizer(nn.Module):
         """Writes the values of some output channels into ``quantized``, as unfolded mantissas give them."""
         if self.scheme.bits == 8:
             exponent = solve_eight_bit(weight)
-            by_channel = power_of_two(exponent).view(-1, *[1] * (weight.dim() - 1))
-            quantized.copy_(eight_bit_codes(weight, exponent).mul_(by_channel))
+            codes = eight_bit_codes(weight, exponent)
+            quantized.copy_(dequantize(codes, exponent.view(-1, *[1] * (weight.dim() - 1))))
             return
         w_OGNP = self.layout.split_for_arithmetic(weight.float())
         scale = self._all_scales(rows)
         exponent = channel_exponents(scale, self.scheme.bits)
         mantissa = mantissas(scale, exponent, self.scheme.bits)
         effective = effective_codes(self._cluster_codes(w_OGNP, rows), mantissa, self.scheme.bits)
-        self.layout.merge_into(effective.mul_(power_of_two(exponent).view(-1, 1, 1, 1)), quantized)
+        self.layout.merge_into(dequantize(effective, exponent.view(-1, 1, 1, 1)), quantized)
 
     def _descend(self, w_OGNP: Tensor, rows: slice) -> None:
         if self.scheme.planes == 2:

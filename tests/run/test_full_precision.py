@@ -107,7 +107,7 @@ def test_a_checkpoint_with_nan_is_refused_by_the_tensors_name(tmp_path: Path) ->
     )
     data = run_data(config)
     model = build_model(config, num_classes=data.num_classes)
-    torch.nn.init.constant_(model.classifier.weight, float("nan"))  # type: ignore[union-attr]
+    torch.nn.init.constant_(model.get_parameter("classifier.weight"), float("nan"))
     save_checkpoint(model, tmp_path / "nan.safetensors", {})
     with pytest.raises(CheckpointError, match=r"values of classifier.weight are infinite or NaN"):
         full_precision_model(config, data, Console(quiet=True))
@@ -137,6 +137,6 @@ def test_a_new_classifier_is_trained_in_full_precision_from_the_given_weights(tm
     assert says.getvalue().count("training one") == 1
     assert all(torch.equal(one, other) for one, other in zip(model.parameters(), again.parameters(), strict=True))
     before = baseline_file(config, data.fingerprint)
-    torch.nn.init.ones_(given.classifier.bias)  # type: ignore[union-attr]
+    torch.nn.init.ones_(given.get_parameter("classifier.bias"))
     save_checkpoint(given, file, {})
     assert baseline_file(config, data.fingerprint) != before
