@@ -6,7 +6,7 @@ the batch norm is corrected, then the exponent of the output is chosen, then the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -72,9 +72,10 @@ class _CalibrationWalk(Walk):
         super().__init__(qmodel)
         self.reference = reference
 
-    def adapt(self, node: fx.Node, layer: QuantizedLayer, inputs: list[Tensor]) -> None:
+    def normalized(self, node: fx.Node, layer: QuantizedLayer, inputs: Sequence[Tensor]) -> list[Tensor]:
         if str(node.target) in self.reference:
-            correct_norm(layer, self.reference[str(node.target)], inputs)
+            return correct_norm(layer, self.reference[str(node.target)], inputs)
+        return super().normalized(node, layer, inputs)
 
 
 def _reference_statistics(qmodel: fx.GraphModule, images: list[Tensor]) -> dict[str, ChannelStatistics]:
@@ -97,6 +98,6 @@ def _reference_statistics(qmodel: fx.GraphModule, images: list[Tensor]) -> dict[
 
 def _recorder(layer: QuantizedLayer, sums: ChannelSums) -> Any:
     def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        sums.add(layer.by_channel(inputs[0]))
+        sums.add(layer.by_image(inputs[0]))
 
     return record

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -99,16 +99,16 @@ class _ReconstructionWalk(Walk):
     def _arguments(self, node: fx.Node, batch: int) -> Any:
         return fx.map_arg((node.args, node.kwargs), lambda used: self.wanted[used][batch])
 
-    def adapt(self, node: fx.Node, layer: QuantizedLayer, inputs: list[Tensor]) -> None:
+    def normalized(self, node: fx.Node, layer: QuantizedLayer, inputs: Sequence[Tensor]) -> list[Tensor]:
         if not isinstance(layer, QuantizedBatchNorm2d):
             if layer.weight[0].numel() <= LARGEST_INPUTS:
                 fit_weights(layer, inputs, self.outputs)
             else:
                 log.info("%s: %d inputs, kept as solved", node.target, layer.weight[0].numel())
-        correct_mean(layer, statistics_of(layer, self.outputs), inputs)
+        return correct_mean(layer, statistics_of(layer, self.outputs), inputs)
 
 
-def fit_weights(layer: QuantizedLayer, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+def fit_weights(layer: QuantizedLayer, inputs: Sequence[Tensor], outputs: list[Tensor]) -> None:
     """Sets latent weights and scales of ``layer`` to those that best give ``outputs`` (before batch norm) from ``inputs``."""
     found = moments(layer, inputs, outputs)
     groups, inputs_of_channel, _ = found.h_gKK.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ class Moments(NamedTuple):
     positions: int
 
 
-def moments(layer: QuantizedLayer, inputs: list[Tensor], outputs: list[Tensor]) -> Moments:
+def moments(layer: QuantizedLayer, inputs: Sequence[Tensor], outputs: list[Tensor]) -> Moments:
     """Moments over batches of inputs and of wanted outputs, [B, C, H, W] or [..., C] each."""
     channels = layer.weight.shape[0]
     positions = sum(output.numel() // channels for output in outputs)

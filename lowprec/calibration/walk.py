@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
+from lowprec.calibration.statistics import normalized
 from lowprec.layers import ActivationQuantizer, QuantizedAdd, QuantizedLayer
 from lowprec.numerics.calibrators import choose_exponent
-from lowprec.numerics.fixed_point import dequantize, quantize
+from lowprec.numerics.fixed_point import dequantize, power_of_two, quantize, quantize_
 from lowprec.recipe import ActivationScheme
 
 log = logging.getLogger("lowprec.calibrate")
@@ -34,8 +36,9 @@ class Walk:
     def enter(self, node: fx.Node, images: list[Tensor]) -> None:
         """What is done at each node before its tensor is computed."""
 
-    def adapt(self, node: fx.Node, layer: QuantizedLayer, inputs: list[Tensor]) -> None:
-        """What is done to a layer, given its inputs batch by batch, before its output is."""
+    def normalized(self, node: fx.Node, layer: QuantizedLayer, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """What a layer gives before its activation function, batch by batch; here its weights and statistics may change."""
+        return normalized(layer, inputs)
 
     def forget(self, node: fx.Node) -> None:
         """What is done with a tensor that no later node uses."""
@@ -68,14 +71,15 @@ class Walk:
             values = [batch[0] for batch in batches]
             if _is_mask(values[0]):
                 module.set_exponent(MASK_EXPONENT)
-                return [_coded(quantize(value, module.exponent, module.codes), module) for value in values]
-            return self._quantized(name, module, values)
+            else:
+                self._choose(name, module, values)
+            return [_coded(quantize(value, module.exponent, module.codes), module) for value in values]
         if isinstance(module, QuantizedLayer):
-            self.adapt(node, module, [_unpacked(batch[0]) for batch in batches])
+            return self._layer_outputs(node, module, batches)
         if getattr(module, "quantizer", None) is None:
             # No quantizer of its own: it hands on the grid of its input, or its output is the network's.
             results = [module(*map(_unpacked, batch)) for batch in batches]
-            if isinstance(module, QuantizedLayer) or not isinstance(batches[0][0], _Codes):
+            if not isinstance(batches[0][0], _Codes):
                 return results
             quantizer = batches[0][0].quantizer
             return [_coded(quantize(result, quantizer.exponent, quantizer.codes), quantizer) for result in results]
@@ -83,6 +87,12 @@ class Walk:
             batches = _within_reach(name, batches)
         outputs = [module.unquantized(*map(_unpacked, batch)) for batch in batches]  # type: ignore[operator]
         return self._quantized(name, module.quantizer, outputs)  # type: ignore[arg-type]
+
+    def _layer_outputs(self, node: fx.Node, layer: QuantizedLayer, batches: list[tuple[Any, ...]]) -> list[Any]:
+        outputs = self.normalized(node, layer, _Unpacked([batch[0] for batch in batches]))
+        for index, batch in enumerate(batches):
+            outputs[index] = layer.activated(outputs[index], *map(_unpacked, batch[1:]))
+        return outputs if layer.quantizer is None else self._quantized(str(node.target), layer.quantizer, outputs)
 
     def _move(self, node: fx.Node, batch: int) -> Any:
         """What a call without a module gives for one batch: numbers taken from shapes, or codes that are moved."""
@@ -104,13 +114,17 @@ class Walk:
         return tuple(_coded(item, quantizers[0]) for item in result) if moved else result
 
     def _quantized(self, name: str, quantizer: ActivationQuantizer, outputs: list[Tensor]) -> list[Any]:
+        """Codes of ``outputs``, whose memory is used."""
+        self._choose(name, quantizer, outputs)
+        return [_coded(quantize_(output, quantizer.exponent, quantizer.codes), quantizer) for output in outputs]
+
+    def _choose(self, name: str, quantizer: ActivationQuantizer, outputs: list[Tensor]) -> None:
         try:
             exponent = choose_exponent(outputs, quantizer.codes, self.scheme.calibrator, self.scheme.percentile)
         except ValueError as error:
             raise ValueError(f"calibrating the output of {name}: {error}") from error
         quantizer.set_exponent(exponent)
         log.debug("%s: exponent %d", name, exponent)
-        return [_coded(quantize(output, quantizer.exponent, quantizer.codes), quantizer) for output in outputs]
 
 
 def call(node: fx.Node, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
@@ -131,6 +145,19 @@ class _Codes(NamedTuple):
 
     codes: Tensor
     quantizer: ActivationQuantizer
+
+
+class _Unpacked(Sequence[Tensor]):
+    """Tensors as calibration keeps them, each unpacked when it is read and no longer than that."""
+
+    def __init__(self, stored: list[Any]) -> None:
+        self.stored = stored
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def __getitem__(self, index: Any) -> Any:
+        return _unpacked(self.stored[index])
 
 
 def _coded(codes: Tensor, quantizer: ActivationQuantizer) -> _Codes:
@@ -169,4 +196,6 @@ def _within_reach(name: str, batches: list[tuple[Any, ...]]) -> list[tuple[Any, 
 
 
 def _unpacked(stored: Any) -> Tensor:
-    return dequantize(stored.codes, stored.quantizer.exponent) if isinstance(stored, _Codes) else stored
+    if not isinstance(stored, _Codes):
+        return stored
+    return stored.codes.float().mul_(power_of_two(stored.quantizer.exponent))

@@ -17,10 +17,18 @@ from lowprec.numerics.fixed_point import (
 )
 from lowprec.numerics.straight_through import straight_through_activation
 
-# The activation functions that are fused into an operator, by name; "" is none.
-ACTIVATIONS = {"": lambda values: values, "relu": functional.relu, "relu6": functional.relu6}
 # What the exponent holds until calibration has chosen one.
 UNCALIBRATED = MAXIMUM_EXPONENT + 1
+
+
+def activate(values: Tensor, activation: str, overwrite: bool = False) -> Tensor:
+    """The activation function that is fused into an operator: "relu", "relu6", or "" for none; any shape.
+
+    overwrite: whether the memory of ``values`` may be used.
+    """
+    if activation == "relu":
+        return functional.relu(values, inplace=overwrite)
+    return functional.relu6(values, inplace=overwrite) if activation == "relu6" else values
 
 
 class ActivationQuantizer(nn.Module):
@@ -58,7 +66,7 @@ class ActivationQuantizer(nn.Module):
             RuntimeError: no exponent has been chosen yet.
         """
         if not self.quantizing:
-            return ACTIVATIONS[activation](values)
+            return activate(values, activation, overwrite)
         if not self.calibrated:
             raise RuntimeError("activation exponents are not chosen yet: call lowprec.calibrate(qmodel, batches) first")
         return straight_through_activation(values, power_of_two(self.exponent), self.codes, activation, overwrite)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lowprec.layers.activations import ACTIVATIONS, ActivationQuantizer
+from lowprec.layers.activations import ActivationQuantizer, activate
 from lowprec.numerics.fixed_point import quantize_to_grid
 
 
@@ -20,7 +20,7 @@ class QuantizedAdd(nn.Module):
 
     def unquantized(self, left: Tensor, right: Tensor) -> Tensor:
         """The values that the quantizer rounds."""
-        return ACTIVATIONS[self.activation](left + right)
+        return activate(left + right, self.activation, overwrite=True)
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         """Two tensors of equal shape; their sum on the output's grid."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lowprec.layers.activations import ACTIVATIONS, ActivationQuantizer
+from lowprec.layers.activations import ActivationQuantizer, activate
 from lowprec.layers.weights import FoldedWeights, WeightQuantizer, bias_exponent_floor
 from lowprec.numerics.fixed_point import MINIMUM_EXPONENT, dequantize, quantize_to_grid
 from lowprec.recipe import WeightScheme
@@ -82,9 +82,13 @@ class QuantizedLayer(nn.Module, ABC):
     def columns(self, values: Tensor) -> Tensor:
         """What each weight of an output channel is multiplied with: x_gKN, [groups, I · kernel, outputs of one channel]."""
 
+    def by_image(self, output: Tensor) -> Tensor:
+        """An output of :meth:`operate` as [B, O, positions], without a copy; a linear layer's B is 1."""
+        return output.flatten(2)
+
     def by_channel(self, output: Tensor) -> Tensor:
         """An output of :meth:`operate` as [O, positions], in the order of the columns."""
-        return output.transpose(0, 1).flatten(1)
+        return self.by_image(output).transpose(0, 1).flatten(1)
 
     @property
     def source(self) -> ActivationQuantizer:
@@ -110,8 +114,14 @@ class QuantizedLayer(nn.Module, ABC):
 
     def unquantized(self, values: Tensor, shortcut: Tensor | None = None) -> Tensor:
         """The values that the output quantizer rounds."""
-        output = self.normalized(values)
-        output = ACTIVATIONS[self.activation](output if shortcut is None else output + shortcut)
+        return self.activated(self.normalized(values), shortcut)
+
+    def activated(self, output: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        """What :meth:`normalized` gave, with the second input, if there is one, and behind the activation function.
+
+        The memory of ``output`` is used.
+        """
+        output = activate(output if shortcut is None else output + shortcut, self.activation, overwrite=True)
         return output.flatten(1) if self.flatten else output
 
     def normalized(self, values: Tensor) -> Tensor:
@@ -225,8 +235,8 @@ class QuantizedLinear(QuantizedLayer):
     def columns(self, values: Tensor) -> Tensor:
         return self.by_channel(values).unsqueeze(0)
 
-    def by_channel(self, output: Tensor) -> Tensor:
-        return output.reshape(-1, output.shape[-1]).T
+    def by_image(self, output: Tensor) -> Tensor:
+        return output.reshape(-1, output.shape[-1]).T.unsqueeze(0)
 
 
 class QuantizedBatchNorm2d(QuantizedLayer):

@@ -13,6 +13,8 @@ from lowprec.numerics.fixed_point import CodeRange, dequantize, exponent_for, qu
 CANDIDATES = 7
 # Errors and percentiles are taken from at most this many evenly spaced values; maxima from all.
 SAMPLES = 1 << 22
+# Values of a block whose errors are summed: it stays in the processor's cache.
+BLOCK = 1 << 18
 # 2^-7: as if the largest value were near one. For a tensor that is zero on all calibration images.
 EXPONENT_OF_ZERO = -7
 
@@ -27,7 +29,9 @@ def choose_exponent(tensors: list[Tensor], codes: CodeRange, calibrator: str, pe
     Raises:
         ValueError: a value is infinite or NaN.
     """
-    largest = torch.stack([tensor.detach().abs().amax().float() for tensor in tensors]).amax()
+    # No tensor of magnitudes: this finds both ends in one pass.
+    extremes = [torch.stack(torch.aminmax(tensor.detach())).abs().amax().float() for tensor in tensors]
+    largest = torch.stack(extremes).amax()
     if not torch.isfinite(largest):
         raise ValueError("values are infinite or NaN")
     if largest == 0:
@@ -42,11 +46,15 @@ def choose_exponent(tensors: list[Tensor], codes: CodeRange, calibrator: str, pe
         kept = values.abs().kthvalue(rank).values
         return int(exponent_for(kept, codes.high)) if kept > 0 else fitting
     candidates = torch.arange(fitting, fitting - CANDIDATES, -1, dtype=torch.int32, device=values.device)
-    errors = [
-        (dequantize(quantize(values, exponent, codes), exponent) - values).square().sum(dtype=torch.float64)
-        for exponent in candidates
-    ]
-    return int(candidates[torch.stack(errors).argmin()])
+    errors = torch.zeros(CANDIDATES, dtype=torch.float64, device=values.device)
+    for block in values.split(BLOCK):
+        errors += torch.stack(
+            [
+                (dequantize(quantize(block, exponent, codes), exponent) - block).square().sum(dtype=torch.float64)
+                for exponent in candidates
+            ]
+        )
+    return int(candidates[errors.argmin()])
 
 
 def _sample(tensors: list[Tensor]) -> Tensor:

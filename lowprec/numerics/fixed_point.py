@@ -74,7 +74,12 @@ def exponent_for(largest: Tensor, limit: int) -> Tensor:
 
 def quantize(values: Tensor, exponent: Tensor, codes: CodeRange) -> Tensor:
     """clamp(round_half_even(values / 2^exponent), low, high), as floating-point integers of the shape of ``values``."""
-    return round_half_even(scale_by_power_of_two(values, -exponent)).clamp(codes.low, codes.high)
+    return round_half_even_(scale_by_power_of_two(values, -exponent)).clamp_(codes.low, codes.high)
+
+
+def quantize_(values: Tensor, exponent: Tensor, codes: CodeRange) -> Tensor:
+    """As :func:`quantize`, in place: ``values`` is float32 or float64, and the exponents need no more room than it has."""
+    return round_half_even_(values.mul_(power_of_two(-exponent, values.dtype))).clamp_(codes.low, codes.high)
 
 
 def quantize_to_grid(values: Tensor, exponent: Tensor) -> Tensor:

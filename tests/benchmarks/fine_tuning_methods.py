@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
 
 from lowprec.layers import ActivationQuantizer, quantized_layers
-from lowprec.layers.activations import ACTIVATIONS
+from lowprec.layers.activations import activate
 from lowprec.layers.weights import WeightQuantizer
 from lowprec.numerics.straight_through import straight_through_weight
 
@@ -293,7 +293,7 @@ def learned_exponents(rate: float) -> Method:
         def forward(
             quantizer: ActivationQuantizer, values: Tensor, activation: str = "", overwrite: bool = False
         ) -> Tensor:
-            values = ACTIVATIONS[activation](values)
+            values = activate(values, activation)
             if not quantizer.training or quantizer not in learned:
                 return original(quantizer, values)
             return _LearnedExponent.apply(values, learned[quantizer], quantizer.codes.low, quantizer.codes.high)
