@@ -33,6 +33,7 @@ from lowprec.prepare import prepare
 from lowprec.reconstruct import reconstruct
 from lowprec.report.summary import Summary, build_summary, cost_summary, plural, summary_table
 from lowprec.report.terminal import create_console
+from lowprec.run.allocator import keep_freed_memory
 from lowprec.run.current import Run
 from lowprec.run.data import evaluation_images, run_data
 from lowprec.run.directory import RunDirectory, write_text
@@ -92,6 +93,8 @@ def train(config: RunConfig, console: Console, callbacks: Sequence[Callback] = (
             # figures.
             torch.use_deterministic_algorithms(True, warn_only=True)
             device = choose_device(config.trainer.accelerator)
+            if device.type == "cpu":
+                keep_freed_memory()
             current = Run(config, directory, run_data(config), console, device, callbacks)
             processes.on_main(lambda: check_same_data(current))
             processes.on_main(lambda: check_quantizable(current))

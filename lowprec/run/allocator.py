@@ -1,0 +1,24 @@
+"""Memory that is freed on a CPU stays with the process."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+
+# glibc's names and numbers, of malloc.h. Whoever sets one of these has thought about it.
+VARIABLES = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+
+
+def keep_freed_memory() -> bool:
+    """Makes glibc's allocator keep large tensors' memory for the next ones; returns whether it does.
+
+    By default each goes back to the system when it is freed, and comes as pages of zeros that are faulted in one by one: of a
+    ResNet-18's training step on a CPU a quarter. Peak memory is a few percent higher. Does nothing with another C library, or
+    where the environment tunes the allocator itself.
+    """
+    if sys.platform != "linux" or any(variable in os.environ for variable in VARIABLES):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))

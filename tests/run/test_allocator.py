@@ -1,0 +1,50 @@
+"""Freed memory stays with the process: page faults of a real one are counted."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lowprec.run.allocator import VARIABLES
+
+FAULTS = """
+import ctypes, resource, sys
+from lowprec.run.allocator import keep_freed_memory
+kept = keep_freed_memory() if sys.argv[1] == "keep" else False
+
+def faults(size):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        bytearray(size)  # zeroed by the allocator, as large tensors are written to
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults(1 << 26)
+print(kept, faults(1 << 26))
+"""
+
+
+def page_faults(mode: str, **environment: str) -> tuple[str, int]:
+    clean = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    command = [sys.executable, "-c", FAULTS, mode]
+    done = subprocess.run(command, env={**clean, **environment}, capture_output=True, text=True, check=True)
+    kept, count = done.stdout.split()
+    return kept, int(count)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library has no mallopt")
+def test_large_blocks_are_not_faulted_in_again() -> None:
+    kept, after = page_faults("keep")
+    assert kept == "True"
+    _, before = page_faults("as it is")
+    # A block of 64 MiB has 32 huge or 16,384 small pages.
+    assert before >= 20 * 32
+    assert after < before / 20
+
+
+@pytest.mark.parametrize("variable", VARIABLES)
+def test_an_allocator_that_the_user_tuned_is_left_alone(variable: str) -> None:
+    assert page_faults("keep", **{variable: "1000000"})[0] == "False"
