@@ -20,6 +20,15 @@ def wandb_records(folder: Path) -> list[Any]:
     return records
 
 
+def wandb_artifacts(records: list[Any]) -> list[Any]:
+    """The artifacts (``ArtifactRecord``) among the records."""
+    return [
+        record.request.log_artifact.artifact if record.HasField("request") else record.artifact
+        for record in records
+        if record.HasField("artifact") or record.request.HasField("log_artifact")
+    ]
+
+
 def _contents(file: bytes) -> Iterator[bytes]:
     """A .wandb file has LevelDB's log format: blocks of 32 KiB, records split over them."""
     place, record = 7, b""

@@ -36,14 +36,16 @@ ACTIVATION_IMAGES, AT_A_TIME = 128, 32
 SHOWN_IMAGES, LARGEST_SIDE = 24, 112
 
 
-def report_on(directory: RunDirectory, console: Console) -> None:
-    """Makes report.html of the run in ``directory``, whose configuration and state have been read.
+def report_on(directory: RunDirectory, console: Console) -> RunContent:
+    """Makes report.html of the run in ``directory``, whose configuration and state have been read; returns what it shows.
 
     Nothing in the folder but report.html changes, and nothing is trained. What cannot be measured is said in the report.
     """
     console.print("report: layers, activations and classes, from the run's files")
-    write_run_report(run_content(directory), directory.report_file)
+    content = run_content(directory)
+    write_run_report(content, directory.report_file)
     console.print(f"  {directory.report_file}")
+    return content
 
 
 def run_content(directory: RunDirectory) -> RunContent:

@@ -33,6 +33,7 @@ from lowprec.prepare import prepare
 from lowprec.reconstruct import reconstruct
 from lowprec.report.summary import Summary, build_summary, cost_summary, plural, summary_table
 from lowprec.report.terminal import create_console
+from lowprec.report.wandb_media import wandb_media
 from lowprec.run.allocator import keep_freed_memory
 from lowprec.run.current import Run
 from lowprec.run.data import evaluation_images, run_data
@@ -46,7 +47,7 @@ from lowprec.training.checkpoints import BEST
 from lowprec.training.codes import CodeStatistics
 from lowprec.training.evaluation import top1
 from lowprec.training.fit import fit
-from lowprec.training.loggers import close_loggers, create_loggers, log_artifacts, log_summary
+from lowprec.training.loggers import close_loggers, create_loggers, log_artifacts, log_media, log_summary
 from lowprec.training.module import Classification
 from lowprec.training.precision import choose_accelerator, choose_device
 from lowprec.training.profile import StepProfile
@@ -108,7 +109,7 @@ def train(config: RunConfig, console: Console, callbacks: Sequence[Callback] = (
         imodel = ship(current, qmodel)
         prove(current, qmodel, imodel)
         summary = summarize(current)
-        write_report(current)
+        write_report(current, loggers)
         log_summary(loggers, summary, directory.summary_file)
         if not directory.result("verification"):
             log_artifacts(loggers, [directory.model_file, directory.onnx_file, directory.config_file], summary)
@@ -277,10 +278,11 @@ def summarize(current: Run) -> Summary:
     return summary
 
 
-def write_report(current: Run) -> None:
-    """Makes report.html. A report that cannot be made is one warning: the run is finished without it."""
+def write_report(current: Run, loggers: list[Logger]) -> None:
+    """Makes report.html, and its like in W&B. What cannot be made is one warning: the run is finished without it."""
     try:
-        report_on(current.directory, current.console)
+        content = report_on(current.directory, current.console)
+        log_media(loggers, lambda: wandb_media(content, current.directory.report_file))
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         current.console.print(f"warning: there is no report.html ({reason}); task=report tries again", markup=False)

@@ -7,6 +7,7 @@ alone. Imports neither torch nor Optuna before a trial is run.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -40,6 +41,10 @@ if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
 
 
+# W&B's own variable.
+WANDB_GROUP = "WANDB_RUN_GROUP"
+
+
 def run_trial(composed: DictConfig, settings: HydraConf) -> int:
     """Runs one trial of a sweep; returns its exit code. What came of it, an error included, is kept in the sweep's folder.
 
@@ -53,7 +58,7 @@ def run_trial(composed: DictConfig, settings: HydraConf) -> int:
     name = composed.run_id or run_name(str(choices.get("experiment") or "custom"), overrides)
     record = TrialRecord(settings.job.num, str(Path(composed.runs_dir) / name), tried, "running")
     path = _trials_folder(settings.sweep.dir) / f"{name}.json"
-    with _recorded(record, path):
+    with _recorded(record, path), wandb_group(Path(settings.sweep.dir).name):
         try:
             return _run(run_config(composed, choices, overrides), record, settings)
         except ConfigError as error:
@@ -180,6 +185,19 @@ def _recorded(record: TrialRecord, path: Path) -> Iterator[None]:
     finally:
         if _is_main():
             write_record(record, path)
+
+
+@contextmanager
+def wandb_group(name: str) -> Iterator[None]:
+    """Within it, W&B puts runs, those of processes that are started too, into one group, unless the user has named another."""
+    if WANDB_GROUP in os.environ:
+        yield
+        return
+    os.environ[WANDB_GROUP] = name[:128]  # no longer in W&B
+    try:
+        yield
+    finally:
+        del os.environ[WANDB_GROUP]
 
 
 def _draw(records: Sequence[TrialRecord], folder: Path) -> str:

@@ -9,8 +9,8 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -170,6 +170,8 @@ def _wandb_logger(config: LoggerConfig, folder: Path, run_name: str, content: di
             project=config.project,
             entity=config.entity,
             tags=config.tags,
+            # Given, because W&B reads its variables once in a process.
+            group=os.environ.get("WANDB_RUN_GROUP", ""),
             dir=folder,
             mode="offline" if offline else "online",
             resume="allow",
@@ -256,6 +258,32 @@ def log_summary(loggers: list[Logger], summary: dict[str, Any], file: Path) -> N
             logger.attempt(lambda run: run.summary.update(flatten(summary)))
             # What lies in this folder at the end of a run goes with it.
             shutil.copy(file, logger.experiment.dir)
+
+
+def log_media(loggers: Sequence[Logger], media: Callable[[], dict[str, Any]]) -> None:
+    """Sends tables, plots and histograms to W&B, by key; ``media`` makes them, and is not called where W&B is not used."""
+    for logger in loggers:
+        if isinstance(logger, LastingWandbLogger):
+            made = media()
+            with _copies_in(Path(logger.experiment.dir).parent):
+                logger.attempt(partial(_log, made))
+
+
+@contextmanager
+def _copies_in(folder: Path) -> Iterator[None]:
+    """Within it, W&B copies what it is to send into ``folder``, not into the user's home: a run's folder is all of it."""
+    if "WANDB_DATA_DIR" in os.environ:
+        yield
+        return
+    os.environ["WANDB_DATA_DIR"] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ["WANDB_DATA_DIR"]
+
+
+def _log(media: dict[str, Any], run: Any) -> None:
+    run.log(media)
 
 
 def _send(artifact: Any, run: Any) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import signal
 import subprocess
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 import yaml
 from conftest import FinishedRun, compose, start_train
 from rich.console import Console
-from wandb_files import wandb_records
+from wandb_files import wandb_artifacts, wandb_records
 
 from lowprec.config import ConfigError
 from lowprec.config.debug import OVERFIT_EPOCHS
@@ -142,6 +143,40 @@ def test_wandb_is_offline_without_a_key_and_holds_the_summary(digits_run: Finish
     assert summary["verify/mismatched_codes"] == 0
     assert config["quant"]["name"] == "w2a8_n4"
     assert "commit" in config["git"]
+
+
+def test_wandb_holds_the_report_and_all_of_it_lies_in_the_runs_folder(digits_run: FinishedRun) -> None:
+    (folder,) = (digits_run.directory / "wandb").glob("offline-run-*-digits_smoke")
+    records = wandb_records(digits_run.directory)
+    logged: dict[str, dict[str, Any]] = defaultdict(dict)
+    for record in records:
+        for item in record.history.item:
+            key, _, field = "/".join(item.nested_key).rpartition("/")
+            logged[key][field] = json.loads(item.value_json)
+    layers = {"conv1", "classifier", *(f"stage{stage}.0.conv{conv}" for stage in (1, 2, 3) for conv in (1, 2))}
+    layers |= {f"stage{stage}.0.shortcut.0" for stage in (2, 3)}
+    assert {key.removeprefix("weights/") for key in logged if key.startswith("weights/")} == layers
+    # The first convolution has 8-bit weights and no clusters.
+    assert {key.removeprefix("scales/") for key in logged if key.startswith("scales/")} == layers - {"conv1"}
+    assert sum(logged["weights/classifier"]["values"]) == 32 * 10
+    assert sum(logged["scales/classifier"]["values"]) == 32 * 10 / 4
+    tables = {key.removeprefix("report/") for key in logged if logged[key].get("_type") == "table-file"}
+    assert {"layers", "activations", "confusions", "ladder_table", "depth_table", "confusion_table"} <= tables
+    rows = {table: json.loads((folder / "files" / logged[f"report/{table}"]["path"]).read_text()) for table in tables}
+    assert {row[0] for row in rows["layers"]["data"]} == layers
+    summary = digits_run.summary
+    assert [row[1] for row in rows["ladder_table"]["data"]] == [
+        summary[stage]["top1"] for stage in ("full_precision", "post_training", "fine_tuned", "integer", "onnx")
+    ]
+    assert sum(row[2] for row in rows["confusion_table"]["data"]) == 359
+    page = folder / "files" / logged["report/page"]["path"]
+    assert page.read_bytes() == (digits_run.directory / "report.html").read_bytes()
+    entries = [entry for artifact in wandb_artifacts(records) for entry in artifact.manifest.contents]
+    files = [Path(entry.local_path) for entry in entries]
+    assert len(files) > len(tables)
+    for file in files:
+        assert file.is_file()
+        assert digits_run.directory.resolve() in file.resolve().parents
 
 
 def test_the_same_seed_gives_the_same_summary(digits_run: FinishedRun, tmp_path: Path) -> None:

@@ -22,14 +22,17 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import HydraContext
 from hydra.utils import instantiate
 from optuna.trial import TrialState, create_trial
+from wandb_files import wandb_records
 
+from lowprec.config import LoggerConfig
 from lowprec.recipe import LAYOUTS, SOLVERS
 from lowprec.report.sweep import TrialRecord, write_record
 from lowprec.run.command_line import FAILED
-from lowprec.run.sweep import report_sweep, sweep_records
+from lowprec.run.sweep import report_sweep, sweep_records, wandb_group
 from lowprec.search.settings import PrunerSettings, SamplerSettings
 from lowprec.search.space import FloatDistribution
 from lowprec.search.study import SharedStudy
+from lowprec.training.loggers import close_loggers, create_loggers
 
 SMALL = ("data.limit_train=200", "data.limit_test=32", "calibration.images=16", "logger=none")
 LINES = "trainer.progress=plain"
@@ -348,6 +351,21 @@ def test_every_search_composes(file: Path) -> None:
 
 
 @pytest.mark.slow
+def test_wandb_groups_the_trials_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def group_of(name: str) -> str:
+        close_loggers(create_loggers(LoggerConfig(csv=False, wandb=True, mode="offline"), tmp_path / name, name, {}))
+        (started,) = [record.run for record in wandb_records(tmp_path / name) if record.HasField("run")]
+        return str(started.run_group)
+
+    monkeypatch.delenv("WANDB_RUN_GROUP", raising=False)
+    with wandb_group("digits_smoke-seed_0,1"):
+        assert group_of("trial") == "digits_smoke-seed_0,1"
+    assert group_of("alone") == ""
+    monkeypatch.setenv("WANDB_RUN_GROUP", "the user's")
+    with wandb_group("digits_smoke-seed_0,1"):
+        assert group_of("theirs") == "the user's"
+
+
 def test_trials_in_other_processes_are_in_the_table_too(workplace: Workplace) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     overrides = ("experiment=digits_smoke", *SMALL, "baseline.max_epochs=2", "trainer.max_epochs=1")

@@ -14,7 +14,7 @@ import lightning.pytorch as lightning
 import pytest
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
-from wandb_files import wandb_records
+from wandb_files import wandb_artifacts, wandb_records
 from watched_training import Recorder, tiny_module, train
 
 from lowprec.config import LoggerConfig
@@ -142,11 +142,7 @@ def test_an_offline_run_holds_alerts_and_the_model(tmp_path: Path) -> None:
     assert [(found.title, found.text, found.level) for found in alerts] == [
         ("training diverged", "training diverged at step 3", "ERROR")
     ]
-    (artifact,) = [
-        record.request.log_artifact.artifact if record.HasField("request") else record.artifact
-        for record in records
-        if record.HasField("artifact") or record.request.HasField("log_artifact")
-    ]
+    (artifact,) = wandb_artifacts(records)
     assert (artifact.name, artifact.type) == ("digits_seed_1", "model")
     assert json.loads(artifact.metadata) == {"integer/top1": 0.5, "onnx/top1": None}
     found = {entry.path: (entry.size, entry.local_path) for entry in artifact.manifest.contents}
