@@ -17,6 +17,8 @@ from lowprec.config import RunConfig
 from lowprec.data import DataModule
 from lowprec.report.summary import TOP1_ROWS
 from lowprec.run.directory import RunDirectory
+from lowprec.run.stage_progress import StageProgress, heading
+from lowprec.training import processes
 from lowprec.training.evaluation import Predictor, top1
 
 
@@ -31,12 +33,18 @@ class Run:
     device: torch.device
     callbacks: Sequence[Callback] = ()  # more ones of the fine-tuning
 
+    @property
+    def progress(self) -> StageProgress:
+        """What its stages show of how far they are."""
+        trainer = self.config.trainer
+        return StageProgress(self.console, trainer.progress, trainer.progress_seconds)
+
     @contextmanager
     def stage(self, name: str, says: str) -> Iterator[None]:
         """Says what is being done, seeds it, and adds its seconds to the run's, also those of a stage that is cut
         off.
         """
-        self.console.print(says)
+        self.console.print(heading(says))
         # Every stage starts from the seed alone, whether or not the stages before it ran in the same process.
         seed_everything(self.config.seed, workers=True, verbose=False)
         started = time.monotonic()
@@ -48,7 +56,9 @@ class Run:
     def measure(self, name: str, predict: Predictor, device: torch.device | str = "cpu") -> None:
         """Measures top-1 on the whole test split and keeps it, unless it is known already."""
         if self.directory.result(name) is None:
-            self.directory.record(name, top1(predict, self.data.test_dataloader(), device))
+            images = self.data.sizes["test"] // processes.size()
+            batches = self.progress.batches(self.data.test_dataloader(), images, dict(TOP1_ROWS)[name])
+            self.directory.record(name, top1(predict, batches, device))
         self.console.print(f"  {dict(TOP1_ROWS)[name]}: {self.directory.result(name):.2%} top-1 on the test split")
 
     def example_images(self) -> Tensor:

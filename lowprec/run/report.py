@@ -27,6 +27,7 @@ from lowprec.report.summary import build_summary
 from lowprec.run.data import run_data
 from lowprec.run.directory import RunDirectory
 from lowprec.run.full_precision import baseline_file, build_model, full_precision_model
+from lowprec.run.stage_progress import heading
 from lowprec.training.checkpoints import BEST
 from lowprec.training.loggers import read_metrics
 from lowprec.training.precision import choose_device, float32_evaluation
@@ -41,7 +42,7 @@ def report_on(directory: RunDirectory, console: Console) -> RunContent:
 
     Nothing in the folder but report.html changes, and nothing is trained. What cannot be measured is said in the report.
     """
-    console.print("report: layers, activations and classes, from the run's files")
+    console.print(heading("report: layers, activations and classes, from the run's files"))
     content = run_content(directory)
     write_run_report(content, directory.report_file)
     console.print(f"  {directory.report_file}")

@@ -23,7 +23,7 @@ def analyse(current: Run, full_precision: nn.Module, labelled: bool) -> Sensitiv
         batches = data.calibration_batches(count)
         few = config.sensitivity.labelled_images if labelled else 0
         pairs = data.validation_batches(few) if few else None
-        with float32_evaluation(current.device):
+        with float32_evaluation(current.device), current.progress.messages("lowprec.sensitivity", "sensitivity"):
             found = sensitivity(full_precision.cpu(), config.recipe, batches, pairs, device=current.device)
     write_text(file, json.dumps(found.to_dict(), indent=2) + "\n")
     write_text(file.with_suffix(".csv"), found.to_csv())

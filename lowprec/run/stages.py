@@ -42,6 +42,7 @@ from lowprec.run.export import export_file, export_options
 from lowprec.run.full_precision import build_model, full_precision_model, training_identity
 from lowprec.run.report import report_on
 from lowprec.run.sensitivity import assign_for_budget
+from lowprec.run.stage_progress import heading
 from lowprec.training import processes
 from lowprec.training.checkpoints import BEST
 from lowprec.training.codes import CodeStatistics
@@ -110,6 +111,9 @@ def train(config: RunConfig, console: Console, callbacks: Sequence[Callback] = (
         prove(current, qmodel, imodel)
         summary = summarize(current)
         write_report(current, loggers)
+        # Last, where it is seen.
+        console.print(summary_table(summary))
+        console.print(f"everything is in {directory.path}")
         log_summary(loggers, summary, directory.summary_file)
         if not directory.result("verification"):
             log_artifacts(loggers, [directory.model_file, directory.onnx_file, directory.config_file], summary)
@@ -189,7 +193,8 @@ def _calibrated(current: Run, qmodel: fx.GraphModule) -> None:
     with current.stage("calibrate", f"calibrate: exponents and {'weights' if fitting else 'batch norm'} on {images}"):
         batches = current.data.calibration_batches(count)
         qmodel.to(current.device)
-        (reconstruct if fitting else calibrate)(qmodel, [batch.to(current.device) for batch in batches])
+        with current.progress.messages("lowprec.calibrate", "calibrate"):
+            (reconstruct if fitting else calibrate)(qmodel, [batch.to(current.device) for batch in batches])
     save_checkpoint(qmodel, file, {"recipe": current.directory.recipe.name})
 
 
@@ -246,9 +251,12 @@ def prove(current: Run, qmodel: fx.GraphModule, imodel: IntegerModel) -> None:
     limit = current.config.verify.images
     where = "the whole test split" if limit is None else plural(limit, "test image")
     runtime = RUNTIME_NAMES[current.config.export.runtime]
-    current.console.print(f"verify: fake-quant, integer model and {runtime}, code by code, on {where}")
+    current.console.print(heading(f"verify: fake-quant, integer model and {runtime}, code by code, on {where}"))
     if directory.result("verify") is None:
-        report = verify(qmodel, imodel, evaluation_images(current.data, limit), onnx=directory.onnx_file)
+        images = evaluation_images(current.data, limit)
+        count = min(current.data.sizes["test"], limit or current.data.sizes["test"])
+        batches = current.progress.batches(images, count, "verify")
+        report = verify(qmodel, imodel, batches, onnx=directory.onnx_file)
         if not report.equal:
             current.console.print(str(report))
         try:
@@ -262,7 +270,7 @@ def prove(current: Run, qmodel: fx.GraphModule, imodel: IntegerModel) -> None:
 
 
 def summarize(current: Run) -> Summary:
-    """Writes summary.json, which marks the run as finished, and prints the table."""
+    """Writes summary.json, which marks the run as finished."""
     config, directory = current.config, current.directory
     names = {
         "experiment": config.experiment,
@@ -273,8 +281,6 @@ def summarize(current: Run) -> Summary:
     results, seconds = directory.state["results"], directory.state["seconds"]
     summary = build_summary(names, results, seconds, config.trainer.max_epochs)
     write_text(directory.summary_file, json.dumps(summary, indent=2) + "\n")
-    current.console.print(summary_table(summary))
-    current.console.print(f"everything is in {directory.path}")
     return summary
 
 

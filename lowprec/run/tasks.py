@@ -27,9 +27,10 @@ from lowprec.run.export import check_exported, export_file, exported_file
 from lowprec.run.full_precision import baseline_file, build_model, full_precision_model
 from lowprec.run.report import report_on
 from lowprec.run.sensitivity import analyse, show_assignment
+from lowprec.run.stage_progress import StageProgress
 from lowprec.run.stages import check_quantizable, check_same_data
 from lowprec.training.checkpoints import BEST
-from lowprec.training.evaluation import top1
+from lowprec.training.evaluation import Predictor, top1
 from lowprec.training.precision import choose_device
 from lowprec.verify import verify
 
@@ -66,9 +67,11 @@ def evaluate_run(config: RunConfig, console: Console) -> Summary:
     directory = finished_run(config)
     exported = ExportedModel(check_exported(directory, config))
     data = run_data(directory.config)
+    models: dict[str, Predictor] = {"integer": FastModel(load(directory.model_file)), "onnx": exported}
+    progress = StageProgress(console, config.trainer.progress, config.trainer.progress_seconds)
     accuracies = {
-        "integer": top1(FastModel(load(directory.model_file)), data.test_dataloader()),
-        "onnx": top1(exported, data.test_dataloader()),
+        name: top1(model, progress.batches(data.test_dataloader(), data.sizes["test"], name))
+        for name, model in models.items()
     }
     table = Table("file", "top-1", title=f"{directory.path}, {data.sizes['test']:,} test images", title_justify="left")
     table.add_row(directory.model_file.name, f"{accuracies['integer']:.2%}")
@@ -88,7 +91,13 @@ def verify_run(config: RunConfig, console: Console) -> Summary:
     data = run_data(directory.config)
     qmodel = fake_quant_model(directory, data.num_classes, data.input_size)
     file = check_exported(directory, config)
-    report = verify(qmodel, load(directory.model_file), evaluation_images(data, config.verify.images), onnx=file)
+    limit, progress = (
+        config.verify.images,
+        StageProgress(console, config.trainer.progress, config.trainer.progress_seconds),
+    )
+    count = min(data.sizes["test"], limit or data.sizes["test"])
+    batches = progress.batches(evaluation_images(data, limit), count, "verify")
+    report = verify(qmodel, load(directory.model_file), batches, onnx=file)
     console.print(str(report))
     report.raise_if_different()
     return {name: getattr(report, name) for name in ("images", "compared_codes", "mismatched_codes")}

@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as lightning
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from rich.console import Console
+from rich.progress import BarColumn
 
 from lowprec.training import processes
 from lowprec.training.non_finite import NonFiniteGuard
@@ -18,6 +19,8 @@ from lowprec.training.throughput import Throughput, Work
 Clock = Callable[[], float]
 # How often the bar's figures change, in seconds; it moves with every batch.
 BAR_SECONDS = 2.0
+# Columns of the bar itself: the figures beside it fit a line of a hundred.
+BAR_WIDTH = 20
 _SHORT = {"data wait": "wait", "learning rate": "lr"}
 
 
@@ -163,8 +166,9 @@ class LiveBar(RichProgressBar):
         return dict(self._shown)
 
     def configure_columns(self, trainer: lightning.Trainer) -> list[Any]:
-        # Without the last one, batches per second, which images per second say better.
-        return list(super().configure_columns(trainer)[:-1])
+        # Without the epoch's times and batches per second, which the line of the epoch and the figures say better.
+        description, _, batches, *_ = super().configure_columns(trainer)
+        return [description, BarColumn(BAR_WIDTH), batches]
 
     def _get_train_description(self, current_epoch: int) -> str:
         return f"epoch {current_epoch + 1}/{self.trainer.max_epochs}"  # counted as in the lines
