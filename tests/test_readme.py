@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from lowprec.models import create_model, save_checkpoint
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 SET_UP = {
     "apt-get update && apt-get install -y dataset-fashion-mnist && pip install -e . && python train.py",
     'pip install -e ".[dev]" && pytest',
@@ -89,8 +92,23 @@ def test_command_runs(command: str, workplace: Path) -> None:
     assert done.stdout.strip(), f"{command} printed nothing"
 
 
+@pytest.mark.slow
+def test_the_exported_file_classifies_photographs_as_the_run_did(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the tests of the commands that train and export runs/photos."""
+    (example,) = [block for block in PYTHON if "custom_metadata_map" in block]
+    monkeypatch.chdir(workplace)
+    names: dict[str, Any] = {}
+    exec(compile(example, "README.md", "exec"), names)
+    right = sum(file.parent.name == label for file, label in zip(names["files"], names["found"], strict=True))
+    summary = json.loads((workplace / "runs" / "photos" / "summary.json").read_text())
+    assert len(names["files"]) == 16
+    assert right / 16 == summary["integer"]["top1"]
+
+
 def test_api_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    (example,) = [block for block in PYTHON if "lowprec.export_onnx(" in block]
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     exec(compile(example, "README.md", "exec"), {})

@@ -132,6 +132,15 @@ class DataModule(LightningDataModule, ABC):
         return Normalization(self.mean, self.std, self.peak)
 
     @property
+    def preprocessing(self) -> dict[str, Any] | None:
+        """How a picture of any size becomes pixels of the model's, in evaluation; None where all have that size.
+
+        ``resize``: the shorter edge in pixels (a pair: both are covered, the ratio kept), ``crop``: [H, W] of the centre, and
+        ``interpolation``: its name, as PIL's; antialiased.
+        """
+        return None
+
+    @property
     def splits(self) -> Splits:
         """The image indices of the three splits."""
         self.setup()

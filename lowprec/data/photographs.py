@@ -182,7 +182,14 @@ class PhotographModule(DataModule):
             digest.update(b"\0".join(files.identities()))
         return digest.hexdigest()[:FINGERPRINT_DIGITS]
 
-    def _evaluation_transform(self) -> Transform:
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        # Of the transform itself, so that it is what is done.
+        resize, crop, *_ = self._evaluation_transform().transform.transforms  # type: ignore[attr-defined]
+        size = resize.size if isinstance(resize.size, int) else list(resize.size)
+        return {"resize": size, "crop": list(crop.size), "interpolation": self.interpolation}
+
+    def _evaluation_transform(self) -> "EvaluationTransform":
         transform = timm.data.create_transform(
             self.input_size,
             is_training=False,

@@ -102,6 +102,7 @@ def _metadata(model: IntegerModel, options: ExportOptions, kind: str) -> dict[st
         "input": options.input,
         "normalization": None if options.normalization is None else options.normalization._asdict(),
         "class_names": None if options.class_names is None else list(options.class_names),
+        "preprocessing": None if options.preprocessing is None else dict(options.preprocessing),
         "exponents": {
             step.name: step.operator.output.exponent for step in model.steps if step.operator.output is not None
         },

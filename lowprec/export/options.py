@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from lowprec.data.normalization import Normalization
 
@@ -27,7 +28,8 @@ class ExportOptions:
     8-bit layers are faster; a processor without would saturate, and compute something else. opset: 13 to 25; None is 18,
     and 25 for packed weights, which need it. batch_size: None for any. input: ``float`` (normalised images [B, C, H, W]),
     ``uint8`` (pixels of the same shape) or ``uint8_nhwc`` ([B, H, W, C], as cameras give them), for which ``normalization``
-    says what the model was trained with. class_names: one for each logit, kept in the file's metadata.
+    says what the model was trained with. class_names: one for each logit; preprocessing: how a picture becomes an image of the
+    model's size, see :attr:`lowprec.data.DataModule.preprocessing`. Both are kept in the file's metadata.
     """
 
     runtime: str = "onnxruntime"
@@ -37,6 +39,7 @@ class ExportOptions:
     input: str = "float"
     normalization: Normalization | None = None
     class_names: Sequence[str] | None = None
+    preprocessing: Mapping[str, Any] | None = None
 
     def validate(self) -> None:
         """Raises ValueError or TypeError for an option that cannot be; the message names it and the choices."""

@@ -127,7 +127,7 @@ def explain(error: Exception, overrides: Iterable[str]) -> str:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         return f"{group}={choice}: choose one of {', '.join(error.options)}{did_you_mean(choice, error.options)}"
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: write KEY=VALUE ({_first_line(error.message)})"
+        return f"{error.override}: write KEY=VALUE, such as experiment=digits_smoke ({_first_line(error.message)})"
     if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and cause.full_key:
         return unknown_key(str(cause.full_key), overrides)
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
@@ -151,7 +151,10 @@ def unknown_key(key: str, overrides: Iterable[str] = ()) -> str:
     )
     others = [name for name in valid if not written.startswith(f"{name}.")]
     same_leaf = [name for name in others if name.split(".")[-1] == written.split(".")[-1]]
-    hint = did_you_mean(written, others, cutoff=0.75) or did_you_mean(written, same_leaf or others)
+    # What people call lr is the learning_rate.
+    initials = [name for name in others if "".join(word[0] for word in name.split(".")[-1].split("_")) == written]
+    hint = did_you_mean(written, others, cutoff=0.75)
+    hint = hint or did_you_mean(written, initials, cutoff=0) or did_you_mean(written, same_leaf or others)
     where = f"the keys of {parent} are" if parent else "the keys are"
     return f"unknown key {_with_value(written, overrides)}: {where} {', '.join(siblings)}{hint}"
 

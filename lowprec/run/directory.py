@@ -81,7 +81,7 @@ class RunDirectory:
 
     def open(self) -> dict[str, Any]:
         """Makes the folder for a new run, or reads how far the run in it has come; no other process may work on it
-        then. Returns that state.
+        then. Returns that state. A run that failed before anything was made is no run: another may take its place.
 
         Raises:
             ConfigError: the folder holds a run with another configuration; the differing keys are named.
@@ -93,6 +93,9 @@ class RunDirectory:
         if self.config.fresh and self.started:
             attempt = int(_read_json(self.state_file).get("attempt", 0)) + 1
             self._clear()
+        elif self.started and not self._holds_anything():
+            attempt = int(_read_json(self.state_file).get("attempt", 0))
+            self._clear()
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         if self.started:
             self.check_configuration()
@@ -102,6 +105,13 @@ class RunDirectory:
         self.state["attempt"] = max(attempt, self.state["attempt"])
         self._write_state()
         return self.state
+
+    def _holds_anything(self) -> bool:
+        """Whether there is a result, of a stage or an analysis, or a checkpoint of the run in the folder."""
+        # Which images they are is known before anything is done with them.
+        results = _read_json(self.state_file).get("results", {}).keys() - {"data"}
+        files = self.sensitivity_file, self.recipe_file, self.summary_file
+        return bool(results) or any(file.is_file() for file in files) or any(self.checkpoints.glob("*"))
 
     def read_state(self) -> None:
         """Reads what the run's finished stages recorded, without taking the run."""

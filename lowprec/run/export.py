@@ -36,6 +36,7 @@ def export_options(config: RunConfig, data: DataModule) -> ExportOptions:
         input=export.input,
         normalization=data.normalization,
         class_names=data.class_names,
+        preprocessing=data.preprocessing,
     )
 
 

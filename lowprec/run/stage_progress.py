@@ -98,7 +98,7 @@ class StageProgress:
 
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed or 0:,.0f} images/s")
+        return Text(f"{task.speed or task.finished_speed or 0:,.0f} images/s")
 
 
 class _Handler(logging.Handler):

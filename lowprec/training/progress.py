@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as lightning
 from lightning.pytorch.callbacks import Callback, RichProgressBar
+from rich import get_console
 from rich.console import Console
 from rich.progress import BarColumn
 
@@ -19,9 +20,10 @@ from lowprec.training.throughput import Throughput, Work
 Clock = Callable[[], float]
 # How often the bar's figures change, in seconds; it moves with every batch.
 BAR_SECONDS = 2.0
-# Columns of the bar itself: the figures beside it fit a line of a hundred.
-BAR_WIDTH = 20
+# Columns of the bar itself: with its figures it fits a line of a hundred; a narrower terminal has half of it, and fewer figures.
+BAR_WIDTH, WIDE = 20, 100
 _SHORT = {"data wait": "wait", "learning rate": "lr"}
+_NARROW = ("images/s", "loss", "left")
 
 
 class EpochLines(Callback):
@@ -162,13 +164,16 @@ class LiveBar(RichProgressBar):
         if self._clock() - self._read >= BAR_SECONDS:
             self._read = self._clock()
             figures = self._figures.read(trainer)
-            self._shown = {_SHORT.get(name, name): figure for name, figure in figures.items()}
+            wide = get_console().width >= WIDE
+            self._shown = {
+                _SHORT.get(name, name): figure for name, figure in figures.items() if wide or name in _NARROW
+            }
         return dict(self._shown)
 
     def configure_columns(self, trainer: lightning.Trainer) -> list[Any]:
         # Without the epoch's times and batches per second, which the line of the epoch and the figures say better.
         description, _, batches, *_ = super().configure_columns(trainer)
-        return [description, BarColumn(BAR_WIDTH), batches]
+        return [description, BarColumn(BAR_WIDTH if get_console().width >= WIDE else BAR_WIDTH // 2), batches]
 
     def _get_train_description(self, current_epoch: int) -> str:
         return f"epoch {current_epoch + 1}/{self.trainer.max_epochs}"  # counted as in the lines

@@ -22,6 +22,15 @@ def test_the_block_alone_changes_and_again_gives_the_same(tmp_path: Path) -> Non
         assert readme.read_text() == expected
 
 
+def test_outputs_of_one_machine_are_joined_and_of_two_are_not() -> None:
+    assert (
+        readme_block.joined([OUTPUT, OUTPUT.replace("18", "50")])
+        == f"{OUTPUT}\n" + OUTPUT.replace("18", "50").split("\n\n")[1]
+    )
+    with pytest.raises(ValueError, match="different machines, threads or versions"):
+        readme_block.joined([OUTPUT, OUTPUT.replace("2 threads", "1 threads")])
+
+
 @pytest.mark.parametrize(
     ("text", "output", "message"),
     [

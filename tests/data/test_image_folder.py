@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Resize
 
 from lowprec.data import DataError, DataModule, create_data
 
@@ -197,3 +198,28 @@ def test_unreadable_image_is_named(tmp_path: Path) -> None:
     victim.write_bytes(victim.read_bytes()[:200])
     with pytest.raises(DataError, match=rf"the image {victim} cannot be read"):
         list(folder_data(tmp_path).test_dataloader())
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(("size", "crop_pct"), [((3, 16, 16), 0.875), ((3, 12, 12), 1.0), ((3, 12, 16), 0.9)])
+def test_preprocessing_says_what_is_done(
+    tmp_path: Path, size: tuple[int, int, int], crop_pct: float, interpolation: str
+) -> None:
+    root = write_images(tmp_path, {"train": 4, "val": 3})
+    config = {"input_size": size, "crop_pct": crop_pct, "interpolation": interpolation}
+    data = create_data("image_folder", root=root, data_config=config, batch_size=16)
+    said = data.preprocessing
+    assert said is not None
+    resize = said["resize"]
+    if isinstance(resize, list):  # both edges are covered
+        ratio = max(resize[0] / 20, resize[1] / 24)
+        resize = [round(20 * ratio), round(24 * ratio)]
+    made = Compose([Resize(resize, InterpolationMode(said["interpolation"])), CenterCrop(said["crop"])])
+    files = sorted((root / "val").glob("*/*.png"))
+    pixels = torch.stack([torch.from_numpy(np.array(made(Image.open(file)))).permute(2, 0, 1) for file in files])
+    ((images, _),) = data.test_dataloader()
+    torch.testing.assert_close(data.normalization.normalize(pixels), images, rtol=0, atol=1e-6)
+
+
+def test_images_that_have_their_size_need_no_preprocessing() -> None:
+    assert create_data("digits").preprocessing is None

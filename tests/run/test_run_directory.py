@@ -54,3 +54,27 @@ def test_all_settings_of_another_configuration_are_named(tmp_path: Path) -> None
     ) as caught:
         RunDirectory(other).check_configuration()
     assert "{" not in str(caught.value)
+
+
+def test_a_run_that_failed_before_anything_was_made_leaves_its_name_free(tmp_path: Path) -> None:
+    failed = opened(tmp_path, "seed=1")
+    failed.record("data", "fingerprint")  # known before anything is done
+    taken = opened(tmp_path, "seed=2")
+    taken.check_configuration()
+    assert taken.stored_config().seed == 2
+    assert taken.result("data") is None
+
+
+@pytest.mark.parametrize("made", ["result", "checkpoint", "sensitivity.json", "recipe.yaml"])
+def test_a_run_that_has_made_something_keeps_its_name(made: str, tmp_path: Path) -> None:
+    run = opened(tmp_path, "seed=1")
+    if made == "result":
+        run.record("full_precision", 0.5)
+    else:
+        (run.checkpoints / "last.ckpt" if made == "checkpoint" else run.path / made).write_text("kept")
+    with pytest.raises(ConfigError, match=r"seed: 1 there, 2 here"):
+        opened(tmp_path, "seed=2")
+    if made != "result":
+        assert any(
+            file.read_text() == "kept" for file in run.path.rglob("*") if file.is_file() and file.suffix != ".lock"
+        )

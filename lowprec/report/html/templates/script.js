@@ -70,6 +70,11 @@
     }
   }, { rootMargin: "600px" });
 
+  // Paper has no window to come near to.
+  addEventListener("beforeprint", () => {
+    for (const place of document.querySelectorAll("[data-chart]")) draw(place.dataset.chart);
+  });
+
   // The plots' library takes longest of all: it is run once the page is shown.
   addEventListener("load", () => requestAnimationFrame(() => setTimeout(() => {
     const library = document.createElement("script");
