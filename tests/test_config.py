@@ -77,13 +77,16 @@ def test_an_unknown_choice_is_named_with_the_valid_ones(override: str, parts: li
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
-        ("trainer.max_epochs=four", ["trainer.max_epochs=four", "Integer"]),
-        ("seed=1.5", ["seed=1.5", "Integer"]),
+        ("trainer.max_epochs=four", ["trainer.max_epochs=four: expected a whole number"]),
+        ("seed=1.5", ["seed=1.5: expected a whole number"]),
         ("optim.nesterov=maybe", ["optim.nesterov=maybe", "bool"]),
         ("optim=3", ["optim=3"]),
         ("trainer.max_epochs", ["trainer.max_epochs", "KEY=VALUE"]),
         ("data.root=[", ["data.root=[", "KEY=VALUE"]),
         ("quant.weights.cluster_size=four", ["quant.weights.cluster_size='four'", "whole number"]),
+        ("optim.learning_rate=fast", ["optim.learning_rate=fast: expected a number"]),
+        ("lr=0.1", ["unknown key lr=0.1", "did you mean optim.learning_rate?"]),
+        ("digits_smoke", ["digits_smoke: write KEY=VALUE, such as experiment=digits_smoke"]),
     ],
 )
 def test_a_wrong_type_is_named(override: str, parts: list[str]) -> None:

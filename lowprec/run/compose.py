@@ -118,6 +118,10 @@ def run_name(experiment: str, overrides: Iterable[str]) -> str:
     return f"{name[:_LONGEST_NAME]}-{digest}"
 
 
+# What OmegaConf calls types.
+_KINDS = {"Integer": "a whole number", "Float": "a number"}
+
+
 def explain(error: Exception, overrides: Iterable[str]) -> str:
     """One message for what Hydra or OmegaConf could not compose: full key, value, valid choices, nearest valid key."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
@@ -132,6 +136,8 @@ def explain(error: Exception, overrides: Iterable[str]) -> str:
         return unknown_key(str(cause.full_key), overrides)
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
         reason = _first_line(str(cause.msg or cause))
+        if wanted := re.search(r"could not be converted to (Integer|Float)$", reason):
+            reason = f"expected {_KINDS[wanted[1]]}"
         return f"{_with_value(str(cause.full_key), overrides)}: {reason}"
     reason = " ".join(line.strip() for line in str(error).splitlines() if "append to your" not in line)
     return f"{reason} (composing {' '.join(overrides)})"

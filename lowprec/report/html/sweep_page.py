@@ -96,23 +96,24 @@ def _pareto_chart(records: Sequence[TrialRecord], drawn: Sequence[TrialRecord]) 
 def _parallel_chart(drawn: Sequence[TrialRecord]) -> Chart:
     """A line for each trial, an axis for each key that was tried and for what came of it."""
     keys = differing_keys(drawn)
-    axes: list[tuple[str, list[float | str | None]]] = [
-        (short_key(key, keys), [record.overrides.get(key) for record in drawn]) for key in keys
+    axes: list[tuple[str, list[float | str | None], str]] = [
+        (short_key(key, keys), [record.overrides.get(key) for record in drawn], ".4g") for key in keys
     ]
-    axes.append(("multiplications replaced", [record.multiplications_replaced for record in drawn]))
-    axes.append(("top-1", [record.top1 for record in drawn]))
+    axes.append(("multiplications replaced", [record.multiplications_replaced for record in drawn], ".1%"))
+    axes.append(("top-1", [record.top1 for record in drawn], ".2%"))
     rows: list[Row] = []
     ticks: list[Row] = []
-    for name, values in axes:
+    for name, values, form in axes:
         heights = _heights(values)
-        ticks += [{"axis": name, "height": height, "value": text} for height, text in _ticks(values, heights)]
+        ticks += [{"axis": name, "height": height, "value": text} for height, text in _ticks(values, heights, form)]
         rows += [
             {"trial": record.number, "axis": name, "height": height, "top1": record.top1, "tried": _tried(record, keys)}
             for record, height in zip(drawn, heights, strict=True)
         ]
-    order = [name for name, _ in axes]
+    order = [name for name, *_ in axes]
     x = {"field": "axis", "type": "nominal", "sort": order, "title": None, "axis": {"labelAngle": -25, "grid": True}}
-    y = {"field": "height", "type": "quantitative", "axis": None}
+    # Wider than what is drawn, so that no end's text lies on the frame.
+    y = {"field": "height", "type": "quantitative", "axis": None, "scale": {"domain": [-0.05, 1.05]}}
     spec = {
         "datasets": {"rows": rows, "ticks": ticks},
         "height": 380,
@@ -158,18 +159,18 @@ def _heights(values: Sequence[float | str | None]) -> list[float]:
     return [0.5 if high == low else (place - low) / (high - low) for place in places]
 
 
-def _ticks(values: Sequence[float | str | None], heights: Sequence[float]) -> list[tuple[float, str]]:
+def _ticks(values: Sequence[float | str | None], heights: Sequence[float], form: str) -> list[tuple[float, str]]:
     """Heights and texts of an axis, from both ends to the middle, without those that would lie on one already there."""
     ticks: list[tuple[float, str]] = []
     for height, value in sorted(zip(heights, map(str, values), strict=True), key=lambda item: -abs(item[0] - 0.5)):
         if all(abs(height - other) >= _TICK_DISTANCE for other, _ in ticks):
-            ticks.append((height, _written(value)))
+            ticks.append((height, _written(value, form)))
     return ticks
 
 
-def _written(value: str) -> str:
+def _written(value: str, form: str) -> str:
     try:
-        return f"{float(value):.4g}"
+        return format(float(value), form)
     except ValueError:
         return "not given" if value == "None" else value
 
