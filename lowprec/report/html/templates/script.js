@@ -16,7 +16,7 @@
       axis: { labelColor: soft, titleColor: text, domainColor: soft, tickColor: soft, gridColor: line, gridOpacity: 0.7,
         labelFontSize: 12, titleFontSize: 12, titleFontWeight: 500 },
       axisY: { minExtent: 44 },
-      legend: { labelColor: text, titleColor: text, orient: "top", labelFontSize: 12, labelLimit: 240 },
+      legend: { labelColor: text, titleColor: text, orient: "top", labelFontSize: 12, labelLimit: 240, columns: innerWidth < 600 ? 2 : 0 },
       range: { category: series, ramp: [colour("background-line"), first], heatmap: [colour("background-line"), first] },
       text: { color: text },
       mark: { color: first },
