@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from lowprec.calibration.statistics import normalized
 from lowprec.layers import ActivationQuantizer, QuantizedAdd, QuantizedLayer
 from lowprec.numerics.calibrators import choose_exponent
-from lowprec.numerics.fixed_point import dequantize, power_of_two, quantize, quantize_
+from lowprec.numerics.fixed_point import dequantize, quantize, quantize_
 from lowprec.recipe import ActivationScheme
 
 log = logging.getLogger("lowprec.calibrate")
@@ -196,6 +196,4 @@ def _within_reach(name: str, batches: list[tuple[Any, ...]]) -> list[tuple[Any, 
 
 
 def _unpacked(stored: Any) -> Tensor:
-    if not isinstance(stored, _Codes):
-        return stored
-    return stored.codes.float().mul_(power_of_two(stored.quantizer.exponent))
+    return dequantize(stored.codes, stored.quantizer.exponent) if isinstance(stored, _Codes) else stored

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import timm.data
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms import Compose
 
 from lowprec.data.augmentation import TrainingTransform
 from lowprec.data.damage import DamagedImages
@@ -185,7 +186,7 @@ class PhotographModule(DataModule):
     @property
     def preprocessing(self) -> dict[str, Any]:
         # Of the transform itself, so that it is what is done.
-        resize, crop, *_ = self._evaluation_transform().transform.transforms  # type: ignore[attr-defined]
+        resize, crop, *_ = self._evaluation_transform().transform.transforms
         size = resize.size if isinstance(resize.size, int) else list(resize.size)
         return {"resize": size, "crop": list(crop.size), "interpolation": self.interpolation}
 
@@ -204,7 +205,7 @@ class PhotographModule(DataModule):
 class EvaluationTransform:
     """timm's evaluation transform of the decoded photograph: float32 [C, H, W], normalised; nothing is random."""
 
-    def __init__(self, transform: Callable[[Any], Tensor], channels: int) -> None:
+    def __init__(self, transform: Compose, channels: int) -> None:
         self.transform = transform
         self.channels = channels
 

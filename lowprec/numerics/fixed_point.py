@@ -90,6 +90,8 @@ def quantize_to_grid(values: Tensor, exponent: Tensor) -> Tensor:
 
 def dequantize(codes: Tensor, exponent: Tensor) -> Tensor:
     """codes · 2^exponent in float32 (float64 for float64 codes); integer codes are converted first."""
+    if exponent.dim() == 0 and not codes.is_floating_point():
+        return codes.float().mul_(power_of_two(exponent))  # the converted codes are nobody else's
     return scale_by_power_of_two(codes, exponent)
 
 

@@ -14,9 +14,9 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 def keep_freed_memory() -> bool:
     """Makes glibc's allocator keep large tensors' memory for the next ones; returns whether it does.
 
-    By default each goes back to the system when it is freed, and comes as pages of zeros that are faulted in one by one: of a
-    ResNet-18's training step on a CPU a quarter. Peak memory is a few percent higher. Does nothing with another C library, or
-    where the environment tunes the allocator itself.
+    By default each goes back to the system when it is freed, and comes as pages of zeros that are faulted in one by one,
+    which costs as much as many a pass over it. Peak memory may be higher. Does nothing with another C library, or where the
+    environment tunes the allocator itself.
     """
     if sys.platform != "linux" or any(variable in os.environ for variable in VARIABLES):
         return False

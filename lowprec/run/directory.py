@@ -95,7 +95,8 @@ class RunDirectory:
             self._clear()
         elif self.started and not self._holds_anything():
             attempt = int(_read_json(self.state_file).get("attempt", 0))
-            self._clear()
+            self.config_file.unlink()
+            self.state_file.unlink(missing_ok=True)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         if self.started:
             self.check_configuration()

@@ -288,10 +288,15 @@ def write_report(current: Run, loggers: list[Logger]) -> None:
     """Makes report.html, and its like in W&B. What cannot be made is one warning: the run is finished without it."""
     try:
         content = report_on(current.directory, current.console)
-        log_media(loggers, lambda: wandb_media(content, current.directory.report_file))
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         current.console.print(f"warning: there is no report.html ({reason}); task=report tries again", markup=False)
+        return
+    try:
+        log_media(loggers, lambda: wandb_media(content, current.directory.report_file))
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        current.console.print(f"warning: W&B has no report ({reason}); report.html has it all", markup=False)
 
 
 def _plain(config: RunConfig) -> dict[str, Any]:
