@@ -18,6 +18,7 @@ from conftest import FinishedRun, compose
 from PIL import Image
 
 import lowprec.run.report
+import lowprec.run.stages
 from lowprec.config import RunConfig
 from lowprec.data import DataError, create_data
 from lowprec.run.command_line import run_to_exit_code
@@ -231,6 +232,25 @@ def test_a_report_that_fails_is_one_warning_and_the_run_is_finished(
     output = capsys.readouterr().out
     assert output.count("warning: there is no report.html (ValueError: no [paper])") == 1
     assert (runs / "digits_smoke" / "summary.json").is_file()
+
+
+def test_wandb_without_its_report_is_one_warning_and_the_page_is_there(
+    copied_digits_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = copied_digits_run()
+    for made in ("summary.json", "report.html"):
+        (runs / "digits_smoke" / made).unlink()
+
+    def fail(*arguments: object) -> None:
+        raise ValueError("no [table]")
+
+    monkeypatch.setattr(lowprec.run.stages, "log_media", fail)
+    config = compose("experiment=digits_smoke", "logger=csv_wandb", f"runs_dir={runs}", "logger.wandb=false")
+    assert run_to_exit_code(config) == 0
+    output = capsys.readouterr().out
+    assert output.count("warning: W&B has no report (ValueError: no [table])") == 1
+    assert "there is no report.html" not in output
+    assert (runs / "digits_smoke" / "report.html").is_file()
 
 
 def test_sensitivity_is_shown_where_it_was_measured(copied_digits_run: Callable[[], Path]) -> None:

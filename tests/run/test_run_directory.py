@@ -59,10 +59,12 @@ def test_all_settings_of_another_configuration_are_named(tmp_path: Path) -> None
 def test_a_run_that_failed_before_anything_was_made_leaves_its_name_free(tmp_path: Path) -> None:
     failed = opened(tmp_path, "seed=1")
     failed.record("data", "fingerprint")  # known before anything is done
+    (failed.path / "notes.txt").write_text("mine")
     taken = opened(tmp_path, "seed=2")
     taken.check_configuration()
     assert taken.stored_config().seed == 2
     assert taken.result("data") is None
+    assert (taken.path / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("made", ["result", "checkpoint", "sensitivity.json", "recipe.yaml"])
