@@ -20,7 +20,7 @@ class QuantizedMatmul(nn.Module):
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         """[..., M, K] and [..., K, N] -> [..., M, N] on the output's grid."""
-        return self.quantizer(self.unquantized(left, right))
+        return self.quantizer(self.unquantized(left, right), overwrite=True)
 
 
 class QuantizedFloatOperator(nn.Module):
@@ -40,4 +40,5 @@ class QuantizedFloatOperator(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """Any shape that the function takes; its values on the output's grid."""
-        return self.quantizer(self.unquantized(values))
+        # A softmax needs its result for the backward pass, a layer norm does not.
+        return self.quantizer(self.unquantized(values), overwrite=not isinstance(self.function, nn.Softmax))

@@ -230,7 +230,9 @@ class QuantizedLinear(QuantizedLayer):
     """Fake-quant ``nn.Linear``, over the last axis."""
 
     def operate(self, values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return functional.linear(values, weight, bias)
+        output = functional.linear(values.flatten(0, -2), weight, bias)
+        # Not a view: the matrix is a temporary, whose memory the quantizer may use.
+        return torch.ops.aten._unsafe_view(output, [*values.shape[:-1], len(weight)])
 
     def columns(self, values: Tensor) -> Tensor:
         return self.by_channel(values).unsqueeze(0)

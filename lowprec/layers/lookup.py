@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from lowprec.layers.activations import ActivationQuantizer
 from lowprec.numerics.fixed_point import dequantize, quantize, scale_by_power_of_two
 
+# Functions whose gradient is computed from their inputs alone, so that nobody else reads their results.
+KEEP_NO_RESULT = (nn.GELU, nn.Hardsigmoid, nn.Hardswish, nn.Mish, nn.SiLU)
+
 
 class QuantizedLookup(nn.Module):
     """A function of each 8-bit value, rounded to 8 bits.
@@ -59,7 +62,7 @@ class QuantizedLookup(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         """Any shape (channels on axis 1); the function's values on the output's grid."""
         if self.training or not self.quantizer.quantizing:
-            return self.quantizer(self.unquantized(values))
+            return self.quantizer(self.unquantized(values), overwrite=isinstance(self.function, KEEP_NO_RESULT))
         table = dequantize(self.table().to(values.device), self.quantizer.exponent).to(values.dtype)
         entries = scale_by_power_of_two(values, -self.source.exponent).to(torch.int64) - self.source.codes.low
         if table.dim() == 2:

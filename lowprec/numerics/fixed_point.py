@@ -38,6 +38,19 @@ def round_half_even_(values: Tensor) -> Tensor:
     return values.round_()
 
 
+def round_to_multiples(values: Tensor, scale: Tensor | float, out: Tensor) -> Tensor:
+    """round_half_even(values / scale) · scale, written to ``out``, of the same shape and dtype, which may be ``values``.
+
+    scale: a power of two, a number or a tensor of one. float32 and float64 values are below 2^22 · scale in magnitude, or
+    NaN: adding 1.5 / epsilon · scale (1.5 · 2^23 · scale in float32), an even multiple whose last place is ``scale``, rounds
+    them, in two passes instead of three.
+    """
+    if values.dtype in (torch.float32, torch.float64):
+        multiple = 1.5 / torch.finfo(values.dtype).eps * scale
+        return torch.add(values, multiple, out=out).sub_(multiple)
+    return round_half_even_(torch.mul(values, 1 / scale, out=out)).mul_(scale)
+
+
 def power_of_two(exponent: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """2^exponent, exactly, in float32 or float64; shape of ``exponent`` (an integer tensor).
 

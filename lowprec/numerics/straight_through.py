@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from lowprec.numerics.fixed_point import CodeRange, round_half_even, round_half_even_
+from lowprec.numerics.fixed_point import CodeRange, round_to_multiples
 
 # Elements of a block for each thread: several passes over one find it in the processor's cache.
-BLOCK = 1 << 18
+BLOCK = 1 << 19
 
 
 class StraightThroughWeight(torch.autograd.Function):
@@ -46,45 +46,89 @@ class StraightThroughActivation(torch.autograd.Function):
         ctx: Any, values: Tensor, scale: Tensor, low: int, high: int, activation: str, overwrite: bool
     ) -> Tensor:
         ctx.dtype = values.dtype
-        result = _own(values.float() if values.dtype == torch.float16 else values, overwrite)
-        if result is values:
+        values = values.float() if values.dtype == torch.float16 else values
+        if not _is_dense(values):
+            values, overwrite = values.contiguous(), True
+        elif values.dtype != ctx.dtype:
+            overwrite = True  # the converted values are nobody else's
+        elif overwrite:
             ctx.mark_dirty(values)
-        needs_gradient = ctx.needs_input_grad[0]
-        least, most = _unclamped_limits(low, high, bool(activation), result.dtype)
-        inverse = 1 / scale
-        six = (6 * inverse).to(result.dtype)
-        inside = []
-        ctx.size = _block_size(result)
-        for block in _blocks(result, ctx.size):
-            block.mul_(inverse)
-            if needs_gradient:
-                limited = block.clamp(least, most)
-                if activation == "relu6":
-                    limited = torch.minimum(limited, torch.nextafter(six, torch.zeros_like(six)))
+        result = values if overwrite else torch.empty_like(values)
+        limits = _Limits.of(values, scale, low, high, activation)
+        ctx.size, ctx.strides, ctx.clipped, masks = _block_size(values), values.stride(), [], []
+        for block, to in zip(_blocks(values, ctx.size), _blocks(result, ctx.size), strict=True):
+            clipped = not limits.hold(block)
+            if clipped and ctx.needs_input_grad[0]:
                 # Comparisons that give numbers are vectorized, those that give booleans are not.
-                inside.append(_packed(limited.eq_(block)))
-            round_half_even_(block).clamp_(0 if activation else low, high)
-            if activation == "relu6":
-                torch.minimum(block, round_half_even(six), out=block)
-            block.mul_(scale)
-        if needs_gradient:
-            ctx.save_for_backward(*inside)
-            ctx.strides = result.stride()
+                masks.append(_packed(block.clamp(limits.least, limits.most).eq_(block)))
+            ctx.clipped.append(clipped)
+            round_to_multiples(
+                torch.clamp(block, limits.low, limits.high, out=to) if clipped else block, limits.scale, out=to
+            )
+        ctx.save_for_backward(*masks)
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        if not any(ctx.clipped):
+            return gradient.to(ctx.dtype), None, None, None, None, None
         if gradient.stride() != ctx.strides:
             gradient = torch.empty_strided(
                 gradient.shape, ctx.strides, dtype=gradient.dtype, device=gradient.device
             ).copy_(gradient)
         passed = torch.empty_like(gradient)
-        for to, incoming, inside in zip(
-            _blocks(passed, ctx.size), _blocks(gradient, ctx.size), ctx.saved_tensors, strict=True
+        masks, bytes_to_numbers = iter(ctx.saved_tensors), _bits_of_bytes(gradient)
+        for to, incoming, clipped in zip(
+            _blocks(passed, ctx.size), _blocks(gradient, ctx.size), ctx.clipped, strict=True
         ):
-            torch.mul(incoming, _unpacked(inside, incoming), out=to)
+            if clipped:
+                torch.mul(incoming, _unpacked(next(masks), bytes_to_numbers, incoming), out=to)
+            else:
+                to.copy_(incoming)
         return passed.to(ctx.dtype), None, None, None, None, None
+
+
+class _Limits(NamedTuple):
+    """Of an activation's values. low, high: the grid's ends; least, most: what lies outside has no gradient.
+
+    Numbers on a CPU, where clamping by tensors is slow; tensors elsewhere, where numbers would have to be waited for.
+    """
+
+    scale: Tensor | float
+    low: Any
+    high: Any
+    least: Any
+    most: Any
+    watched: bool
+
+    @classmethod
+    def of(cls, values: Tensor, scale: Tensor, low: int, high: int, activation: str) -> _Limits:
+        numbers = values.device.type == "cpu" and not torch.compiler.is_compiling()
+        unit: Any = float(scale) if numbers else scale
+        eps = torch.finfo(values.dtype).eps
+        # The spacing of numbers just below 2^n is 2^n · epsilon / 2. Ties go to even numbers: low is even, high is odd.
+        spacing = (high + 1) * eps / 2
+        most = (high + 0.5 - spacing if spacing <= 0.5 else float(high)) * unit
+        largest = high * unit
+        if activation == "relu6":
+            below_six = 6 - 4 * eps
+            most = min(most, below_six) if numbers else most.clamp(max=below_six)
+            largest = min(largest, 6.0) if numbers else largest.clamp(max=6.0)
+        least, smallest = (low - 0.5) * unit, low * unit
+        if activation:
+            least, smallest = torch.finfo(values.dtype).smallest_normal, 0.0
+            if not numbers:
+                least, smallest = torch.full_like(unit, least), torch.zeros_like(unit)
+        # Most tensors that are not rectified have next to nothing outside, which is worth a look.
+        return cls(unit, smallest, largest, least, most, numbers and not activation)
+
+    def hold(self, block: Tensor) -> bool:
+        """Whether nothing of ``block`` is known to lie outside."""
+        if not self.watched or not block.numel():
+            return False
+        smallest, largest = torch.aminmax(block)
+        return bool(smallest >= self.least) and bool(largest <= self.most)
 
 
 def straight_through_weight(weight: Tensor, quantized: Tensor) -> Tensor:
@@ -105,20 +149,9 @@ def straight_through_activation(
     return StraightThroughActivation.apply(values, scale, codes.low, codes.high, activation, overwrite)
 
 
-def _unclamped_limits(low: int, high: int, rectified: bool, dtype: torch.dtype) -> tuple[float, float]:
-    """The least and the largest number of ``dtype`` that rounds into the codes, above zero where it is rectified."""
-    # The spacing of numbers just below 2^n is 2^n · epsilon / 2. Ties go to even numbers: low is even, high is odd.
-    spacing = (high + 1) * torch.finfo(dtype).eps / 2
-    most = high + 0.5 - spacing if spacing <= 0.5 else float(high)
-    least = torch.finfo(dtype).smallest_normal if rectified else low - 0.5
-    return least, most
-
-
-def _own(values: Tensor, overwrite: bool) -> Tensor:
-    """A tensor that may be written to and fills a stretch of memory: the given one, or a copy."""
-    if values.is_contiguous() or (values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last)):
-        return values if overwrite else values.clone()
-    return values.clone(memory_format=torch.contiguous_format)
+def _is_dense(values: Tensor) -> bool:
+    """Whether it fills a stretch of memory."""
+    return values.is_contiguous() or (values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last))
 
 
 def _block_size(tensor: Tensor) -> int:
@@ -136,16 +169,23 @@ def _blocks(tensor: Tensor, size: int) -> Sequence[Tensor]:
 
 
 def _packed(ones: Tensor) -> Tensor:
-    """Zeros and ones as the bits of uint8, eight numbers a byte, the last ones filled up; in logical order."""
+    """Zeros and ones as the bits of int8, eight numbers a byte, the last ones filled up; in logical order."""
     flat = ones.flatten().float()
     missing = -flat.numel() % 8
     if missing:
         flat = functional.pad(flat, (0, missing))
-    return (flat.view(-1, 8) @ (1 << torch.arange(8, device=flat.device)).float()).to(torch.uint8)
+    # The eighth bit is the sign: float to int8 is vectorized, to uint8 it is not.
+    worth = torch.arange(8, device=flat.device)
+    return (flat.view(-1, 8) @ ((1 << worth) - 256 * (worth == 7)).float()).to(torch.int8)
 
 
-def _unpacked(packed: Tensor, like: Tensor) -> Tensor:
+def _bits_of_bytes(like: Tensor) -> Tensor:
+    """[256, 8]: the bits of each byte as zeros and ones, in dtype and on the device of ``like``."""
+    bits = torch.arange(256, device=like.device)[:, None] >> torch.arange(8, device=like.device) & 1
+    return bits.to(like.dtype)
+
+
+def _unpacked(packed: Tensor, bits_of_bytes: Tensor, like: Tensor) -> Tensor:
     """What :func:`_packed` was given, in dtype and shape of ``like``."""
-    bits = torch.arange(256, device=packed.device)[:, None] >> torch.arange(8, device=packed.device) & 1
-    rows = bits.to(like.dtype).index_select(0, packed.int())
+    rows = bits_of_bytes.index_select(0, packed.view(torch.uint8).int())
     return rows.view(-1)[: like.numel()].view(like.shape)
