@@ -134,6 +134,11 @@ def test_an_impossible_value_is_named(override: str) -> None:
     assert value.strip("'[]") in message
 
 
+def test_codes_are_not_kept_by_a_compiled_training() -> None:
+    message = mistake("trainer.keep_codes=true", "trainer.compile=true")
+    assert message == "trainer.keep_codes=true: not with trainer.compile=true; choose one of the two"
+
+
 def test_data_of_ones_own_needs_its_folder_but_not_for_costs() -> None:
     assert "data.root" in mistake("data=image_folder")
     assert compose_run(["data=image_folder", "task=cost", "data.num_classes=7"], CONFIG_FOLDER).data.num_classes == 7

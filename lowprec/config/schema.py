@@ -182,6 +182,7 @@ class TrainerConfig:
     sync_batchnorm: bool = False
     accumulate_grad_batches: int = 1
     compile: bool = False
+    keep_codes: bool = False
     checkpoint_minutes: Optional[float] = 10.0  # noqa: UP045
     debug: Optional[str] = None  # noqa: UP045
     label_smoothing: float = 0.0

@@ -89,6 +89,26 @@ class StraightThroughActivation(torch.autograd.Function):
         return passed.to(ctx.dtype), None, None, None, None, None
 
 
+def codes_of_multiples(values: Tensor, scale: Tensor, offset: int) -> Tensor:
+    """values / scale - offset as int8, [elements]: multiples of ``scale``, a power of two, that fill a stretch of memory."""
+    codes = torch.empty(values.shape, dtype=torch.int8, device=values.device)
+    size = _block_size(values)
+    for block, to in zip(values.split(size), codes.split(size), strict=True):
+        to.copy_((block * (1 / scale)).sub_(offset))
+    return codes
+
+
+def multiples_of_codes(codes: Tensor, scale: Tensor, offset: int, dtype: torch.dtype) -> Tensor:
+    """(codes + offset) · scale in ``dtype``, which holds each exactly; shape and strides of the int8 ``codes``."""
+    values = torch.empty_like(codes, dtype=dtype)
+    if not _is_dense(codes):
+        return values.copy_(codes).add_(offset).mul_(scale)
+    size = _block_size(values)
+    for to, block in zip(_blocks(values, size), _blocks(codes, size), strict=True):
+        to.copy_(block).add_(offset).mul_(scale)
+    return values
+
+
 class _Limits(NamedTuple):
     """Of an activation's values. low, high: the grid's ends; least, most: what lies outside has no gradient.
 

@@ -119,7 +119,7 @@ def run_to_exit_code(
         return FAILED
     # Here, not above: torch takes seconds to import, and a mistake in the configuration should not have to wait for it.
     with _no_collection():
-        import lowprec.run.stages
+        from lowprec.run.stages import run
     from filelock import Timeout
 
     from lowprec.data import DataError
@@ -131,7 +131,6 @@ def run_to_exit_code(
     from lowprec.integer.packed import PackedFileError
     from lowprec.models import CheckpointError
     from lowprec.recipe import RecipeError
-    from lowprec.run.stages import run
     from lowprec.training.checkpoints import CheckpointWriteError, Interrupted, TrainingDiverged
     from lowprec.training.equality import DesynchronizedError
     from lowprec.training.processes import PeerError, ProcessGroupError, is_lost_connection, launch

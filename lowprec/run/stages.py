@@ -213,6 +213,7 @@ def fine_tune(current: Run, qmodel: fx.GraphModule, teacher: nn.Module, loggers:
         distillation=config.trainer.distillation,
         channels_last=config.trainer.channels_last,
         compiled=config.trainer.compile,
+        keep_codes=config.trainer.keep_codes,
         identity=training_identity(config, directory.recipe),
     )
     profile = [StepProfile(directory.path)] if config.trainer.debug == "profile" else []

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lowprec.config import DistillationConfig, OptimConfig
 from lowprec.layers.linear import folded_once
+from lowprec.layers.saved_codes import saved_as_codes
 from lowprec.training import processes
 from lowprec.training.distillation import training_loss
 from lowprec.training.optimizer import create_optimizer, create_schedule
@@ -40,10 +41,11 @@ class Classification(lightning.LightningModule):
         distillation: DistillationConfig | None = None,
         channels_last: bool = True,
         compiled: bool = False,
+        keep_codes: bool = False,
         identity: dict[str, Any] | None = None,
     ) -> None:
         """identity: what this training is, kept in its checkpoints. compiled: training goes through torch.compile;
-        validation does not, so that it computes exactly what is shipped.
+        validation does not, so that it computes exactly what is shipped. keep_codes: see :func:`saved_as_codes`.
         """
         super().__init__()
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -52,6 +54,7 @@ class Classification(lightning.LightningModule):
         self.label_smoothing = label_smoothing
         self.distillation = distillation or DistillationConfig()
         self.identity = identity or {}
+        self.keep_codes = keep_codes
         self._own_state: dict[str, Any] = {}
         # Loss, correct ones and images of an epoch: sums of this process's share.
         self._training = torch.zeros(3, dtype=torch.float64)
@@ -65,7 +68,8 @@ class Classification(lightning.LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, classes] of float images [B, C, H, W]."""
         model = self._compiled[0] if self._compiled and self.training else self.model
-        logits: Tensor = model(images.contiguous(memory_format=self.memory_format))
+        with saved_as_codes(self.model, self.keep_codes and self.training):
+            logits: Tensor = model(images.contiguous(memory_format=self.memory_format))
         return logits
 
     def on_fit_start(self) -> None:

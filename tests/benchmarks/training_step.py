@@ -31,6 +31,7 @@ from inference import describe_machine, settled
 from torch import Tensor, nn
 
 import lowprec
+from lowprec.layers.saved_codes import saved_as_codes
 from lowprec.models import create_model
 
 CLASSES = 1000
@@ -48,6 +49,19 @@ def prepared(recipe: str, start: Start) -> nn.Module:
     return qmodel
 
 
+class SavedAsCodes(nn.Module):
+    """A prepared model whose activations are kept for the backward pass as codes."""
+
+    def __init__(self, qmodel: nn.Module) -> None:
+        super().__init__()
+        self.qmodel = qmodel
+
+    def forward(self, images: Tensor) -> Tensor:
+        with saved_as_codes(self.qmodel):
+            logits: Tensor = self.qmodel(images)
+        return logits
+
+
 def fx_model(start: Start) -> nn.Module:
     """PyTorch's FX graph mode quantization-aware training, with its default configuration for x86."""
     from torch.ao.quantization import get_default_qat_qconfig_mapping
@@ -61,6 +75,7 @@ def fx_model(start: Start) -> nn.Module:
 CANDIDATES: dict[str, Callable[[Start], nn.Module]] = {
     PLAIN: lambda start: copy.deepcopy(start.model),
     **{f"lowprec {recipe}": partial(prepared, recipe) for recipe in RECIPES},
+    "lowprec w2a8_n4, codes kept": lambda start: SavedAsCodes(prepared("w2a8_n4", start)),
     "PyTorch FX": fx_model,
     **{
         candidate.name: (lambda start, quantize=candidate.quantize: quantize(start).model)
@@ -138,8 +153,12 @@ def times(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
 
 
 def print_memory(candidate: str, model: str, batch: int, side: int, precision: str) -> None:
-    """Peak memory of this process in MiB; of the device on a GPU."""
+    """Peak memory of the steps in MiB: of this process, preparation left out, or of the device on a GPU."""
     step = step_of(candidate, beginning(model, batch, side), precision)
+    if device().type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is what is held now
     for _ in range(STEPS_FOR_MEMORY):
         step()
     if device().type == "cuda":

@@ -205,6 +205,17 @@ def test_a_teacher_is_neither_trained_nor_kept(data: DataModule, tmp_path: Path)
     assert not any("teacher" in key for key in torch.load(tmp_path / LAST, weights_only=True)["state_dict"])
 
 
+def test_a_training_that_keeps_codes_ends_with_the_same_weights(data: DataModule, tmp_path: Path) -> None:
+    models = []
+    for keep_codes in (False, True):
+        models.append(fake_quant_model(data))
+        module = Classification(models[-1], OptimConfig(learning_rate=0.05), keep_codes=keep_codes)
+        settings = TrainerConfig(precision="32", accelerator="cpu", progress="none")
+        folder = tmp_path / str(keep_codes)
+        fit(module, data, folder=folder, max_epochs=1, settings=settings, title="", console=Console(quiet=True))
+    assert_equal_states(state(models[1]), state(models[0]))
+
+
 def test_bf16_and_gradient_clipping_work_and_evaluation_stays_in_float32(data: DataModule, tmp_path: Path) -> None:
     model = fake_quant_model(data)
     module = Classification(model, OptimConfig(learning_rate=0.05), channels_last=False)

@@ -1,0 +1,103 @@
+"""Activations kept for the backward pass as their 8-bit codes: a quarter of what float32 takes, and the same gradients."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from lowprec.layers.activations import ActivationQuantizer
+from lowprec.layers.elementwise import QuantizedReLU
+from lowprec.numerics.fixed_point import power_of_two
+from lowprec.numerics.straight_through import codes_of_multiples, multiples_of_codes
+
+FLOATS = (torch.float32, torch.bfloat16)
+
+
+class _Codes:
+    """The codes of all that a tensor's memory holds, int8 [elements], less ``offset``, and what one is worth."""
+
+    def __init__(self, values: Tensor, scale: Tensor, offset: int) -> None:
+        self.codes = codes_of_multiples(values, scale, offset)
+        self.scale, self.offset = scale, offset
+
+
+class _Saved(NamedTuple):
+    """A tensor that lies in coded memory."""
+
+    codes: _Codes
+    shape: torch.Size
+    strides: tuple[int, ...]
+    start: int
+    dtype: torch.dtype
+
+    def values(self) -> Tensor:
+        """The tensor as it was."""
+        codes = self.codes.codes.as_strided(self.shape, self.strides, self.start)
+        return multiples_of_codes(codes, self.codes.scale, self.codes.offset, self.dtype)
+
+
+class _Grid:
+    """Memory that a quantizer has filled: the version it had then, and its codes once somebody keeps it."""
+
+    def __init__(self, values: Tensor, quantizer: ActivationQuantizer) -> None:
+        self.version = values._version
+        self.scale = power_of_two(quantizer.exponent)
+        # Codes up to 255 are kept less 128.
+        self.offset = 0 if quantizer.signed else 128
+        self._codes: weakref.ref[_Codes] | None = None
+
+    def codes(self, storage: torch.UntypedStorage, like: Tensor) -> _Codes:
+        known = self._codes() if self._codes is not None else None
+        if known is None:
+            whole = torch.empty(0, dtype=like.dtype, device=like.device).set_(storage)
+            known = _Codes(whole, self.scale, self.offset)
+            self._codes = weakref.ref(known)
+        return known
+
+
+@contextmanager
+def saved_as_codes(model: nn.Module, enabled: bool = True) -> Iterator[None]:
+    """Within it, whatever ``model``'s forward pass keeps of quantized activations for the backward pass is kept as 8-bit codes.
+
+    The gradients are the same, bit by bit: a quantized activation is code · 2^e, which its code gives back exactly. A tensor
+    that several operators keep is coded once. What is not on a quantizer's grid (a batch norm's input, the copy that a product
+    makes of a transposed operand) is kept as it is, as is what was changed in place after its quantizer. Not for compiled models.
+
+    model: a prepared one (:func:`lowprec.prepare`), calibrated. enabled: False does nothing.
+    """
+    if not enabled:
+        yield
+        return
+    grids: dict[StorageWeakRef, _Grid] = {}
+
+    def note(module: nn.Module, arguments: Any, values: Tensor) -> None:
+        quantizer = module.source if isinstance(module, QuantizedReLU) else module
+        if isinstance(quantizer, ActivationQuantizer) and quantizer.quantizing and values.dtype in FLOATS:
+            # The weak reference keeps the storage's identity from being given to another one.
+            grids[StorageWeakRef(values.untyped_storage())] = _Grid(values, quantizer)
+
+    def pack(values: Tensor) -> Tensor | _Saved:
+        storage = values.untyped_storage()
+        grid = grids.get(StorageWeakRef(storage))
+        if grid is None or grid.version != values._version or values.dtype not in FLOATS:
+            return values
+        codes = grid.codes(storage, values.detach())
+        return _Saved(codes, values.shape, values.stride(), int(values.storage_offset()), values.dtype)
+
+    def unpack(saved: Tensor | _Saved) -> Tensor:
+        return saved.values() if isinstance(saved, _Saved) else saved
+
+    quantizers = [module for module in model.modules() if isinstance(module, ActivationQuantizer | QuantizedReLU)]
+    handles = [module.register_forward_hook(note) for module in quantizers]
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
