@@ -78,12 +78,12 @@ class StraightThroughActivation(torch.autograd.Function):
                 gradient.shape, ctx.strides, dtype=gradient.dtype, device=gradient.device
             ).copy_(gradient)
         passed = torch.empty_like(gradient)
-        masks, bytes_to_numbers = iter(ctx.saved_tensors), _bits_of_bytes(gradient)
+        masks = iter(ctx.saved_tensors)
         for to, incoming, clipped in zip(
             _blocks(passed, ctx.size), _blocks(gradient, ctx.size), ctx.clipped, strict=True
         ):
             if clipped:
-                torch.mul(incoming, _unpacked(next(masks), bytes_to_numbers, incoming), out=to)
+                torch.mul(incoming, _unpacked(next(masks), incoming), out=to)
             else:
                 to.copy_(incoming)
         return passed.to(ctx.dtype), None, None, None, None, None
@@ -189,23 +189,18 @@ def _blocks(tensor: Tensor, size: int) -> Sequence[Tensor]:
 
 
 def _packed(ones: Tensor) -> Tensor:
-    """Zeros and ones as the bits of int8, eight numbers a byte, the last ones filled up; in logical order."""
+    """Zeros and ones as the bits of int8, filled up to eight equal parts, one for each bit; in logical order."""
     flat = ones.flatten().float()
     missing = -flat.numel() % 8
     if missing:
         flat = functional.pad(flat, (0, missing))
     # The eighth bit is the sign: float to int8 is vectorized, to uint8 it is not.
-    worth = torch.arange(8, device=flat.device)
-    return (flat.view(-1, 8) @ ((1 << worth) - 256 * (worth == 7)).float()).to(torch.int8)
+    place = torch.arange(8, device=flat.device)
+    return (((1 << place) - 256 * (place == 7)).float() @ flat.view(8, -1)).to(torch.int8)
 
 
-def _bits_of_bytes(like: Tensor) -> Tensor:
-    """[256, 8]: the bits of each byte as zeros and ones, in dtype and on the device of ``like``."""
-    bits = torch.arange(256, device=like.device)[:, None] >> torch.arange(8, device=like.device) & 1
-    return bits.to(like.dtype)
-
-
-def _unpacked(packed: Tensor, bits_of_bytes: Tensor, like: Tensor) -> Tensor:
+def _unpacked(packed: Tensor, like: Tensor) -> Tensor:
     """What :func:`_packed` was given, in dtype and shape of ``like``."""
-    rows = bits_of_bytes.index_select(0, packed.view(torch.uint8).int())
-    return rows.view(-1)[: like.numel()].view(like.shape)
+    places = torch.arange(8, dtype=torch.uint8, device=packed.device)[:, None]
+    bits = (packed.view(torch.uint8) >> places).bitwise_and_(1).flatten()
+    return bits[: like.numel()].to(like.dtype).view(like.shape)
