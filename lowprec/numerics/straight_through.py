@@ -55,12 +55,13 @@ class StraightThroughActivation(torch.autograd.Function):
             ctx.mark_dirty(values)
         result = values if overwrite else torch.empty_like(values)
         limits = _Limits.of(values, scale, low, high, activation)
+        worth = _worth_of_bits(values.device)
         ctx.size, ctx.strides, ctx.clipped, masks = _block_size(values), values.stride(), [], []
         for block, to in zip(_blocks(values, ctx.size), _blocks(result, ctx.size), strict=True):
             clipped = not limits.hold(block)
             if clipped and ctx.needs_input_grad[0]:
                 # Comparisons that give numbers are vectorized, those that give booleans are not.
-                masks.append(_packed(block.clamp(limits.least, limits.most).eq_(block)))
+                masks.append(_packed(block.clamp(limits.least, limits.most).eq_(block), worth))
             ctx.clipped.append(clipped)
             round_to_multiples(
                 torch.clamp(block, limits.low, limits.high, out=to) if clipped else block, limits.scale, out=to
@@ -188,15 +189,19 @@ def _blocks(tensor: Tensor, size: int) -> Sequence[Tensor]:
     return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset()).split(size)
 
 
-def _packed(ones: Tensor) -> Tensor:
-    """Zeros and ones as the bits of int8, filled up to eight equal parts, one for each bit; in logical order."""
+def _packed(ones: Tensor, worth: Tensor) -> Tensor:
+    """Zeros and ones as the bits of int8, filled up to eight equal parts, one for each bit; worth: :func:`_worth_of_bits`."""
     flat = ones.flatten().float()
     missing = -flat.numel() % 8
     if missing:
         flat = functional.pad(flat, (0, missing))
-    # The eighth bit is the sign: float to int8 is vectorized, to uint8 it is not.
-    place = torch.arange(8, device=flat.device)
-    return (((1 << place) - 256 * (place == 7)).float() @ flat.view(8, -1)).to(torch.int8)
+    return (worth @ flat.view(8, -1)).to(torch.int8)
+
+
+def _worth_of_bits(device: torch.device) -> Tensor:
+    """1, 2 … 64, -128: the eighth bit is the sign, for float to int8 is vectorized, to uint8 it is not."""
+    place = torch.arange(8, device=device)
+    return ((1 << place) - 256 * (place == 7)).float()
 
 
 def _unpacked(packed: Tensor, like: Tensor) -> Tensor:
