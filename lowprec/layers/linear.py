@@ -7,7 +7,7 @@ bias with the batch norm folded in, rounded just as the integer model holds them
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -71,6 +71,8 @@ class QuantizedLayer(nn.Module, ABC):
         self.weight_quantizer = WeightQuantizer(tuple(operator.weight.shape), scheme)
         self.weight_quantizer.to(operator.weight.device)
         self.weight_quantizer.solve(operator.weight, name)
+        # Another way to compute the product in training, where it has one: see use_integer_kernels.
+        self.product: Callable[[QuantizedLayer, Tensor], Tensor | None] | None = None
         self._keeping = False
         self._kept: tuple[Tensor, Tensor] | None = None
 
@@ -130,7 +132,10 @@ class QuantizedLayer(nn.Module, ABC):
             return self._normalize(self.operate(values, self.weight, self.bias))
         if self.training:
             self.weight_quantizer.descend(self.weight)
-            return self._normalize(self.operate(values, self.weight_quantizer(self.weight), self.bias))
+            output = None if self.product is None else self.product(self, values)
+            if output is None:
+                output = self.operate(values, self.weight_quantizer(self.weight), self.bias)
+            return self._normalize(output)
         return self._evaluate(values)
 
     def before_norm(self, values: Tensor) -> Tensor:

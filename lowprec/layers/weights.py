@@ -116,11 +116,16 @@ class WeightQuantizer(nn.Module):
 
         Gradient: straight through to ``weight``, unclipped.
         """
+        return self.with_exponents(weight)[0]
+
+    def with_exponents(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """What :meth:`forward` gives, and its exponents e [O], int32: c are integers of -128 … 127."""
         with torch.no_grad():
             quantized = torch.empty_like(weight, dtype=torch.float32)
-            for rows in self._blocks(weight):
-                self._quantize(weight.detach()[rows], rows, quantized[rows])
-        return straight_through_weight(weight, quantized.to(weight.dtype))
+            exponents = [
+                self._quantize(weight.detach()[rows], rows, quantized[rows]) for rows in self._blocks(weight)
+            ]
+        return straight_through_weight(weight, quantized.to(weight.dtype)), torch.cat(exponents)
 
     def fold(self, weight: Tensor, gain: Tensor | None, exponent_floor: Tensor | None) -> FoldedWeights:
         """Codes, mantissas and exponents with a gain per output channel [O] folded into the scales.
@@ -152,19 +157,20 @@ class WeightQuantizer(nn.Module):
         channels = max(1, BLOCK * torch.get_num_threads() // weight[0].numel())
         return [slice(first, first + channels) for first in range(0, len(weight), channels)]
 
-    def _quantize(self, weight: Tensor, rows: slice, quantized: Tensor) -> None:
-        """Writes the values of some output channels into ``quantized``, as unfolded mantissas give them."""
+    def _quantize(self, weight: Tensor, rows: slice, quantized: Tensor) -> Tensor:
+        """Writes the values of some output channels into ``quantized``, as unfolded mantissas give them; their exponents."""
         if self.scheme.bits == 8:
             exponent = solve_eight_bit(weight)
             codes = eight_bit_codes(weight, exponent)
             quantized.copy_(dequantize(codes, exponent.view(-1, *[1] * (weight.dim() - 1))))
-            return
+            return exponent
         w_OGNP = self.layout.split_for_arithmetic(weight.float())
         scale = self._all_scales(rows)
         exponent = channel_exponents(scale, self.scheme.bits)
         mantissa = mantissas(scale, exponent, self.scheme.bits)
         effective = effective_codes(self._cluster_codes(w_OGNP, rows), mantissa, self.scheme.bits)
         self.layout.merge_into(dequantize(effective, exponent.view(-1, 1, 1, 1)), quantized)
+        return exponent
 
     def _descend(self, w_OGNP: Tensor, rows: slice) -> None:
         if self.scheme.planes == 2:

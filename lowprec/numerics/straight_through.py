@@ -91,10 +91,11 @@ class StraightThroughActivation(torch.autograd.Function):
 
 
 def codes_of_multiples(values: Tensor, scale: Tensor, offset: int) -> Tensor:
-    """values / scale - offset as int8, [elements]: multiples of ``scale``, a power of two, that fill a stretch of memory."""
-    codes = torch.empty(values.shape, dtype=torch.int8, device=values.device)
+    """values / scale - offset as int8, in shape and strides of ``values``: multiples of ``scale``, a power of two."""
+    values = values if _is_dense(values) else values.contiguous()
+    codes = torch.empty_like(values, dtype=torch.int8)
     size = _block_size(values)
-    for block, to in zip(values.split(size), codes.split(size), strict=True):
+    for block, to in zip(_blocks(values, size), _blocks(codes, size), strict=True):
         to.copy_((block * (1 / scale)).sub_(offset))
     return codes
 

@@ -15,7 +15,7 @@ import torch
 from networks import awkward, images, quantize, random_network, random_recipe
 from torch import Tensor
 
-from lowprec.integer.fast import capability
+from lowprec.numerics import kernels
 from lowprec.integer.fast.model import FastModel
 from lowprec.integer.model import IntegerModel, Step
 from lowprec.integer.operators import (
@@ -376,16 +376,16 @@ def test_unknown_operators_and_wide_codes_run_on_the_reference(output: Grid) -> 
 
 
 def test_integer_kernels_are_used_where_they_are_exact() -> None:
-    assert all(capability.convolves_exactly(kind, capability.SAFE_MAGNITUDE) for kind in capability.SHAPES)
-    assert capability.multiplies_exactly(capability.SAFE_MAGNITUDE)
+    assert all(kernels.convolves_exactly(kind, kernels.SAFE_MAGNITUDE) for kind in kernels.SHAPES)
+    assert kernels.multiplies_exactly(kernels.SAFE_MAGNITUDE)
 
 
 IN_ANOTHER_PROCESS = """
 import pytest, sys, torch
-from lowprec.integer.fast import capability
+from lowprec.numerics import kernels
 assert "AVX2" in torch.backends.cpu.get_cpu_capability(), torch.backends.cpu.get_cpu_capability()
-assert not capability.convolves_exactly("dense", 128), "pairs of products do not saturate here"
-assert capability.convolves_exactly("dense", 64)
+assert not kernels.convolves_exactly("dense", 128), "pairs of products do not saturate here"
+assert kernels.convolves_exactly("dense", 64)
 sys.exit(pytest.main(["-q", "-p", "no:xdist", "-o", "addopts=", "-m", "not slow", sys.argv[1]]))
 """
 

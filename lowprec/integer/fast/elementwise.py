@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from lowprec.integer.fast import capability
+from lowprec.numerics import kernels
 from lowprec.integer.fast.storage import channels_last, load, store, zero_point
 from lowprec.integer.operators import (
     Grid,
@@ -61,7 +61,7 @@ class FastAdd:
         self.target_scale = 2.0 ** (grids[target].exponent - output.exponent)
         self.scale = torch.full((self.CHANNELS,), 2.0 ** (grids[1 - target].exponent - output.exponent))
         self.weight_zeros = torch.zeros(self.CHANNELS, dtype=torch.int32)
-        self.exact = capability.convolves_exactly("depthwise", capability.SAFE_MAGNITUDE)
+        self.exact = kernels.convolves_exactly("depthwise", kernels.SAFE_MAGNITUDE)
         if self.exact:
             ones = torch.ones(self.CHANNELS, 1, 1, 1, dtype=torch.int8)
             shape = [1, self.CHANNELS, 64, 64]

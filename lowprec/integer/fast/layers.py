@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lowprec.integer.fast import capability
+from lowprec.numerics import kernels
 from lowprec.integer.fast.arithmetic import LayerArithmetic, Method, arithmetic_of
 from lowprec.integer.fast.storage import channels_last, zero_point
 from lowprec.integer.operators import IntegerConv2d, IntegerLinear
@@ -42,11 +42,11 @@ class FastConvolution:
         kind = _kind(layer)
         if arithmetic.method is Method.DOUBLE:
             return "float64"
-        magnitude = capability.SAFE_MAGNITUDE if arithmetic.magnitude <= capability.SAFE_MAGNITUDE else 128
-        if capability.convolves_exactly(kind, magnitude):
+        magnitude = kernels.SAFE_MAGNITUDE if arithmetic.magnitude <= kernels.SAFE_MAGNITUDE else 128
+        if kernels.convolves_exactly(kind, magnitude):
             return "integer"
         wide = "dense" if layer.groups == 1 else "grouped"
-        return "integer twice as wide" if capability.convolves_exactly(wide, capability.SAFE_MAGNITUDE) else "float64"
+        return "integer twice as wide" if kernels.convolves_exactly(wide, kernels.SAFE_MAGNITUDE) else "float64"
 
     def _prepare_integer(self) -> None:
         arithmetic = self.arithmetic
@@ -132,9 +132,9 @@ class FastLinear:
         self.arithmetic = arithmetic
         self.fused = arithmetic.method is Method.FUSED
         weight = arithmetic.weight
-        self.twice = arithmetic.magnitude > capability.SAFE_MAGNITUDE and not capability.multiplies_exactly(128)
+        self.twice = arithmetic.magnitude > kernels.SAFE_MAGNITUDE and not kernels.multiplies_exactly(128)
         self.path = "integer twice as wide" if self.twice else "integer"
-        if not capability.multiplies_exactly(capability.SAFE_MAGNITUDE):
+        if not kernels.multiplies_exactly(kernels.SAFE_MAGNITUDE):
             self.path, self.float_weight = "float64", weight.double()
             return
         self.in_parts = arithmetic.method is Method.DOUBLE
@@ -198,7 +198,7 @@ def rounded(values: Tensor, arithmetic: LayerArithmetic) -> Tensor:
 
 def halves(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Two weights of magnitudes up to 64 whose sum is an 8-bit weight."""
-    first = weight.clamp(-capability.SAFE_MAGNITUDE, capability.SAFE_MAGNITUDE)
+    first = weight.clamp(-kernels.SAFE_MAGNITUDE, kernels.SAFE_MAGNITUDE)
     return first, weight - first
 
 

@@ -1,0 +1,158 @@
+"""Products of a training's forward pass on the integers themselves: oneDNN's 8-bit kernels, twice and more as fast as float32.
+
+Quantized activations and weights are integers times powers of two, x = 2^e_x · q and w = 2^e_w · c, so that a product of them is
+2^(e_x + e_w) · Σ q·c. The kernels sum in 32 bits, which is exact, and give float32: what the float32 product gives, bit by bit,
+while |Σ q·c| stays below 2^24; beyond, float32 rounds on the way and the integers once. The backward pass is the float one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.autograd.function import once_differentiable
+
+from lowprec.layers.activations import ActivationQuantizer
+from lowprec.layers.linear import QuantizedConv2d, QuantizedLayer, QuantizedLinear
+from lowprec.numerics import kernels
+from lowprec.numerics.fixed_point import power_of_two, scale_by_power_of_two
+from lowprec.numerics.straight_through import codes_of_multiples
+
+# Positions below which packing the weights for the kernel costs more than it gives.
+LEAST_POSITIONS = 128
+KEEPS_GRID = (nn.Flatten, nn.Identity, nn.MaxPool2d, nn.Upsample)
+
+
+def use_integer_kernels(qmodel: fx.GraphModule, enabled: bool = True) -> int:
+    """Lets dense convolutions and linear layers of a prepared model compute their training forward pass on integers.
+
+    Where the processor's kernels are exact (found out by running them) and the input is on its quantizer's grid in training too,
+    which it is not behind a dropout. Evaluation stays as it is. Returns the number of layers; 0 on processors without such kernels.
+    """
+    count = 0
+    for node in qmodel.graph.nodes:
+        layer = qmodel.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(layer, QuantizedConv2d | QuantizedLinear):
+            able = enabled and _is_exact(layer) and _on_grid(qmodel, node.all_input_nodes[0])
+            layer.product = integer_product if able else None
+            count += able
+    return count
+
+
+def integer_product(layer: QuantizedLayer, values: Tensor) -> Tensor | None:
+    """A layer's product in training, its bias added, or None where the float kernels are to compute it.
+
+    values: as ``layer.operate`` takes them, on the grid of the layer's source.
+    """
+    source = layer.source
+    takes = values.device.type == "cpu" and not torch.compiler.is_compiling() and source.quantizing and source.calibrated
+    if not takes or values.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    convolves = isinstance(layer, QuantizedConv2d)
+    if convolves and not values.is_contiguous(memory_format=torch.channels_last):
+        return None
+    if values.numel() // values.shape[1 if convolves else -1] < LEAST_POSITIONS:
+        return None
+    weight, exponent = layer.weight_quantizer.with_exponents(layer.weight)
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else values.dtype
+    geometry = (layer.stride, layer.padding, layer.dilation) if isinstance(layer, QuantizedConv2d) else None
+    result: Tensor = _IntegerProduct.apply(values, weight, layer.bias, source, exponent, geometry, dtype)
+    return result
+
+
+class _IntegerProduct(torch.autograd.Function):
+    """y = x ∗ w + b, a dense convolution or a matrix product, from the codes of x and w.
+
+    Gradients: ∂L/∂x, ∂L/∂w and ∂L/∂b of the float operator at the same values. x: on the grid of ``source``; w = c · 2^exponent,
+    exponent [O]. geometry: stride, padding and dilation, or None for a matrix product. dtype: of the result and of the backward
+    pass, in bfloat16 too exactly x and w.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        source: ActivationQuantizer,
+        exponent: Tensor,
+        geometry: Sequence[Sequence[int]] | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        ctx.geometry, ctx.dtype = geometry, dtype
+        ctx.dtypes = values.dtype, weight.dtype
+        ctx.biases = None if bias is None else len(bias)
+        ctx.save_for_backward(values, weight)
+        zero = 128 if source.signed else 0
+        input_scale, scale = power_of_two(source.exponent), power_of_two(exponent)
+        # A byte is its code, or, of a signed tensor, its code and 128; int8 holds it less 128, with the first bit turned.
+        codes = codes_of_multiples(values, input_scale, 128 - zero).view(torch.uint8).bitwise_xor_(128)
+        integers = scale_by_power_of_two(weight, -exponent.view(-1, *[1] * (weight.dim() - 1))).to(torch.int8)
+        arguments = (float(input_scale), zero)
+        zeros = torch.zeros(len(scale), dtype=torch.int32)
+        tail = (1.0, 0, torch.float32, "none", [], "")
+        if geometry is None:
+            rows = codes.view(-1, codes.shape[-1])
+            packed = torch.ops.onednn.qlinear_prepack.default(integers, None)
+            result = torch.ops.onednn.qlinear_pointwise.default(rows, *arguments, packed, scale, zeros, bias, *tail)
+            return result.view(*values.shape[:-1], -1).to(dtype)
+        where = (*map(list, geometry), 1)
+        packed = torch.ops.onednn.qconv_prepack.default(integers, scale, *arguments, *where, list(values.shape))
+        result = torch.ops.onednn.qconv2d_pointwise.default(
+            codes, *arguments, packed, scale, zeros, bias, *where, *tail
+        )
+        return result.to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        values, weight = (tensor.to(ctx.dtype) for tensor in ctx.saved_tensors)
+        needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        of_input = of_weight = of_bias = None
+        if ctx.geometry is None:
+            rows = gradient.reshape(-1, gradient.shape[-1])
+            if needs_input:
+                of_input = rows.mm(weight).view(values.shape)
+            if needs_weight:
+                of_weight = rows.t().mm(values.reshape(-1, values.shape[-1]))
+            if needs_bias:
+                of_bias = rows.sum(0)
+        else:
+            of_input, of_weight, of_bias = torch.ops.aten.convolution_backward(
+                gradient,
+                values,
+                weight,
+                [ctx.biases] if needs_bias else None,
+                *map(list, ctx.geometry),
+                False,
+                [0, 0],
+                1,
+                [needs_input, needs_weight, needs_bias],
+            )
+        of_input = None if of_input is None else of_input.to(ctx.dtypes[0])
+        of_weight = None if of_weight is None else of_weight.to(ctx.dtypes[1])
+        of_bias = None if of_bias is None else of_bias.float()
+        return of_input, of_weight, of_bias, None, None, None, None
+
+
+def _is_exact(layer: QuantizedConv2d | QuantizedLinear) -> bool:
+    """Whether this processor's kernels are, for weights as large as the layer's may be."""
+    magnitude = 128 if layer.scheme.bits == 8 else kernels.SAFE_MAGNITUDE
+    if isinstance(layer, QuantizedLinear):
+        return kernels.multiplies_exactly(magnitude)
+    numbers = isinstance(layer.padding, tuple)
+    # Depthwise kernels are no quicker than float ones.
+    return numbers and layer.groups == 1 and kernels.convolves_exactly("dense", magnitude)
+
+
+def _on_grid(qmodel: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a tensor is still on its quantizer's grid: a dropout drops, and scales up what is left."""
+    if node.op == "call_module":
+        module = qmodel.get_submodule(str(node.target))
+        if type(module).__module__.startswith("lowprec.layers"):
+            return True
+        return isinstance(module, KEEPS_GRID) and _on_grid(qmodel, node.all_input_nodes[0])
+    # What is called without a module moves numbers about.
+    return node.op != "placeholder" and all(_on_grid(qmodel, used) for used in node.all_input_nodes)
