@@ -183,6 +183,7 @@ class TrainerConfig:
     accumulate_grad_batches: int = 1
     compile: bool = False
     keep_codes: bool = False
+    integer_kernels: bool = True
     checkpoint_minutes: Optional[float] = 10.0  # noqa: UP045
     debug: Optional[str] = None  # noqa: UP045
     label_smoothing: float = 0.0

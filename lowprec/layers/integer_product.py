@@ -28,8 +28,8 @@ KEEPS_GRID = (nn.Flatten, nn.Identity, nn.MaxPool2d, nn.Upsample)
 def use_integer_kernels(qmodel: fx.GraphModule, enabled: bool = True) -> int:
     """Lets dense convolutions and linear layers of a prepared model compute their training forward pass on integers.
 
-    Where the processor's kernels are exact (found out by running them) and the input is on its quantizer's grid in training too,
-    which it is not behind a dropout. Evaluation stays as it is. Returns the number of layers; 0 on processors without such kernels.
+    Where the processor's kernels are exact (found out by running them; for 8-bit weights they need VNNI) and the input is on its
+    quantizer's grid in training too, which it is not behind a dropout. Evaluation stays as it is. Returns the number of layers.
     """
     count = 0
     for node in qmodel.graph.nodes:
@@ -47,7 +47,9 @@ def integer_product(layer: QuantizedLayer, values: Tensor) -> Tensor | None:
     values: as ``layer.operate`` takes them, on the grid of the layer's source.
     """
     source = layer.source
-    takes = values.device.type == "cpu" and not torch.compiler.is_compiling() and source.quantizing and source.calibrated
+    takes = (
+        values.device.type == "cpu" and not torch.compiler.is_compiling() and source.quantizing and source.calibrated
+    )
     if not takes or values.dtype not in (torch.float32, torch.bfloat16):
         return None
     convolves = isinstance(layer, QuantizedConv2d)
@@ -85,6 +87,7 @@ class _IntegerProduct(torch.autograd.Function):
         ctx.dtypes = values.dtype, weight.dtype
         ctx.biases = None if bias is None else len(bias)
         ctx.save_for_backward(values, weight)
+        bias = None if bias is None else bias.to(dtype).float()  # as autocast would have it
         zero = 128 if source.signed else 0
         input_scale, scale = power_of_two(source.exponent), power_of_two(exponent)
         # A byte is its code, or, of a signed tensor, its code and 128; int8 holds it less 128, with the first bit turned.
@@ -92,7 +95,7 @@ class _IntegerProduct(torch.autograd.Function):
         integers = scale_by_power_of_two(weight, -exponent.view(-1, *[1] * (weight.dim() - 1))).to(torch.int8)
         arguments = (float(input_scale), zero)
         zeros = torch.zeros(len(scale), dtype=torch.int32)
-        tail = (1.0, 0, torch.float32, "none", [], "")
+        tail: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
         if geometry is None:
             rows = codes.view(-1, codes.shape[-1])
             packed = torch.ops.onednn.qlinear_prepack.default(integers, None)
@@ -153,6 +156,7 @@ def _on_grid(qmodel: fx.GraphModule, node: fx.Node) -> bool:
         module = qmodel.get_submodule(str(node.target))
         if type(module).__module__.startswith("lowprec.layers"):
             return True
-        return isinstance(module, KEEPS_GRID) and _on_grid(qmodel, node.all_input_nodes[0])
+        keeps = isinstance(module, KEEPS_GRID) or (isinstance(module, nn.Dropout) and module.p == 0)
+        return keeps and _on_grid(qmodel, node.all_input_nodes[0])
     # What is called without a module moves numbers about.
     return node.op != "placeholder" and all(_on_grid(qmodel, used) for used in node.all_input_nodes)

@@ -122,9 +122,7 @@ class WeightQuantizer(nn.Module):
         """What :meth:`forward` gives, and its exponents e [O], int32: c are integers of -128 … 127."""
         with torch.no_grad():
             quantized = torch.empty_like(weight, dtype=torch.float32)
-            exponents = [
-                self._quantize(weight.detach()[rows], rows, quantized[rows]) for rows in self._blocks(weight)
-            ]
+            exponents = [self._quantize(weight.detach()[rows], rows, quantized[rows]) for rows in self._blocks(weight)]
         return straight_through_weight(weight, quantized.to(weight.dtype)), torch.cat(exponents)
 
     def fold(self, weight: Tensor, gain: Tensor | None, exponent_floor: Tensor | None) -> FoldedWeights:

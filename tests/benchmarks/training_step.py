@@ -31,6 +31,7 @@ from inference import describe_machine, settled
 from torch import Tensor, nn
 
 import lowprec
+from lowprec.layers.integer_product import use_integer_kernels
 from lowprec.layers.saved_codes import saved_as_codes
 from lowprec.models import create_model
 
@@ -42,10 +43,11 @@ STEPS_FOR_MEMORY = 3
 MEBIBYTE = 1 << 20
 
 
-def prepared(recipe: str, start: Start) -> nn.Module:
-    """lowprec's fake-quant model of a shipped recipe."""
+def prepared(recipe: str, start: Start, integer_kernels: bool = True) -> nn.Module:
+    """lowprec's fake-quant model of a shipped recipe, as a run trains it."""
     qmodel = lowprec.prepare(start.model, recipe, start.calibration[0][:2])
     lowprec.calibrate(qmodel, start.calibration)
+    use_integer_kernels(qmodel, integer_kernels)
     return qmodel
 
 
@@ -75,6 +77,7 @@ def fx_model(start: Start) -> nn.Module:
 CANDIDATES: dict[str, Callable[[Start], nn.Module]] = {
     PLAIN: lambda start: copy.deepcopy(start.model),
     **{f"lowprec {recipe}": partial(prepared, recipe) for recipe in RECIPES},
+    "lowprec w2a8_n4, float kernels": partial(prepared, "w2a8_n4", integer_kernels=False),
     "lowprec w2a8_n4, codes kept": lambda start: SavedAsCodes(prepared("w2a8_n4", start)),
     "PyTorch FX": fx_model,
     **{

@@ -15,7 +15,6 @@ import torch
 from networks import awkward, images, quantize, random_network, random_recipe
 from torch import Tensor
 
-from lowprec.numerics import kernels
 from lowprec.integer.fast.model import FastModel
 from lowprec.integer.model import IntegerModel, Step
 from lowprec.integer.operators import (
@@ -37,6 +36,7 @@ from lowprec.integer.operators import (
     IntegerSlice,
     IntegerUpsample,
 )
+from lowprec.numerics import kernels
 
 RECIPES = ("w2a8_n4", "w2a8_n64", "w4a8_n4", "w8a8")
 UNSIGNED, SIGNED = (0, 255), (-128, 127)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lowprec.calibrate import calibrate
 from lowprec.config import DistillationConfig, OptimConfig, TrainerConfig
 from lowprec.data import DataModule, create_data
+from lowprec.layers.integer_product import use_integer_kernels
 from lowprec.models import CheckpointError, checkpoint_metadata, create_model
 from lowprec.prepare import prepare
 from lowprec.recipe import Recipe
@@ -205,13 +206,15 @@ def test_a_teacher_is_neither_trained_nor_kept(data: DataModule, tmp_path: Path)
     assert not any("teacher" in key for key in torch.load(tmp_path / LAST, weights_only=True)["state_dict"])
 
 
-def test_a_training_that_keeps_codes_ends_with_the_same_weights(data: DataModule, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["32", "bf16"])
+def test_codes_kept_and_integer_kernels_change_no_weight(precision: str, data: DataModule, tmp_path: Path) -> None:
     models = []
-    for keep_codes in (False, True):
+    for changed in (False, True):
         models.append(fake_quant_model(data))
-        module = Classification(models[-1], OptimConfig(learning_rate=0.05), keep_codes=keep_codes)
-        settings = TrainerConfig(precision="32", accelerator="cpu", progress="none")
-        folder = tmp_path / str(keep_codes)
+        assert (use_integer_kernels(models[-1], changed) > 5) == changed
+        module = Classification(models[-1], OptimConfig(learning_rate=0.05), keep_codes=changed)
+        settings = TrainerConfig(precision=precision, accelerator="cpu", progress="none")
+        folder = tmp_path / str(changed)
         fit(module, data, folder=folder, max_epochs=1, settings=settings, title="", console=Console(quiet=True))
     assert_equal_states(state(models[1]), state(models[0]))
 

@@ -7,7 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-from lowprec.numerics import kernels
 from lowprec.integer.fast.storage import channels_last, load, store, zero_point
 from lowprec.integer.operators import (
     Grid,
@@ -19,6 +18,7 @@ from lowprec.integer.operators import (
     IntegerMultiply,
     IntegerReLU,
 )
+from lowprec.numerics import kernels
 from lowprec.numerics.fixed_point import round_half_even_
 
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lowprec.numerics import kernels
 from lowprec.integer.fast.arithmetic import LayerArithmetic, Method, arithmetic_of
 from lowprec.integer.fast.storage import channels_last, zero_point
 from lowprec.integer.operators import IntegerConv2d, IntegerLinear
+from lowprec.numerics import kernels
 from lowprec.numerics.fixed_point import round_half_even_
 
 # So many products of any 8-bit codes sum up to less than 2^24.

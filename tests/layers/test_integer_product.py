@@ -1,0 +1,195 @@
+"""Training's products on integers: the values and the gradients of the float products."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from networks import awkward, images
+from torch import Tensor, fx, nn
+
+import lowprec
+from lowprec.layers import quantized_layers
+from lowprec.layers.integer_product import integer_product, use_integer_kernels
+from lowprec.models.cifar_mobilenet import CifarMobileNetV2
+from lowprec.models.cifar_resnet import CifarResNet
+from lowprec.numerics import kernels
+from lowprec.recipe import Recipe, Rule, WeightScheme
+
+BATCH = images(1, 8, (3, 28, 28))
+LINEAR = 5
+ALL_TERNARY = Recipe(weights=WeightScheme(2, cluster_size=4), rules=[Rule("*", bits=2)])
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "resnet": lambda: CifarResNet(8, num_classes=10, in_channels=3, width=8),
+    "mobilenet": lambda: CifarMobileNetV2(num_classes=10, in_channels=3, width=0.25),
+}
+
+
+def prepared(model: nn.Module, recipe: str | Recipe, batch: Tensor = BATCH) -> fx.GraphModule:
+    qmodel = lowprec.prepare(awkward(model, seed=3, dead_channels=False), recipe, batch[:2])
+    lowprec.calibrate(qmodel, [batch])
+    return qmodel.to(memory_format=torch.channels_last).train()
+
+
+def trained(qmodel: nn.Module, batch: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """The result and all gradients of one step."""
+    inputs = batch.contiguous(memory_format=torch.channels_last).clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        result = qmodel(inputs)
+    result.float().square().sum().backward()
+    gradients = [parameter.grad for parameter in qmodel.parameters() if parameter.grad is not None]
+    assert inputs.grad is not None
+    return result.detach(), [inputs.grad, *gradients]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("recipe", ["w2a8_n4", "w2a8_n64", "w4a8_n4", "w8a8"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_are_equal(name: str, recipe: str, dtype: torch.dtype) -> None:
+    floats = prepared(NETWORKS[name](), recipe)
+    integers = copy.deepcopy(floats)
+    used = use_integer_kernels(integers)
+    assert used == expected_layers(floats, recipe)
+    (expected, gradients), (found, others) = trained(floats, BATCH, dtype), trained(integers, BATCH, dtype)
+    assert torch.equal(found, expected)
+    assert len(gradients) > 10
+    for gradient, other in zip(gradients, others, strict=True):
+        assert gradient.abs().sum() > 0
+        assert torch.equal(other, gradient)
+
+
+def expected_layers(qmodel: nn.Module, recipe: str) -> int:
+    """Dense layers for which this processor has exact kernels: all of them, but of 8-bit weights none without VNNI."""
+    dense = [layer for _, layer in quantized_layers(qmodel) if getattr(layer, "groups", 1) == 1]
+    few_bits = [layer for layer in dense if layer.scheme.bits < 8]
+    assert few_bits or recipe == "w8a8"
+    return len(dense if kernels.convolves_exactly("dense", 128) else few_bits)
+
+
+@pytest.fixture(autouse=True)
+def on_images_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowprec.layers.integer_product.LEAST_POSITIONS", 1)
+
+
+class Signed(nn.Sequential):
+    """Layers with biases; the inputs of two of them are negative too, that of the last has rows in two axes."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(3, 16, 3, padding=1),
+            nn.Conv2d(16, 16, 3, stride=2, padding=2, dilation=2),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(2),
+            nn.Linear(49, LINEAR),
+        )
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_each_layer_with_its_bias(bits: int) -> None:
+    """The bias comes after the sum; a float kernel may begin with it."""
+    qmodel = prepared(Signed(), Recipe(weights=WeightScheme(bits, cluster_size=4), rules=[Rule("*", bits=bits)]))
+    assert use_integer_kernels(qmodel) == 3
+    seen = []
+    for _, layer in quantized_layers(qmodel):
+
+        def compare(layer: lowprec.layers.QuantizedLayer, values: Tensor) -> Tensor:
+            found = integer_product(layer, values)
+            assert found is not None
+            seen.append(layer.name)
+            shape = (-1, 1, 1) if found.dim() == 4 else (-1,)
+            expected = layer.operate(values, layer.weight_quantizer(layer.weight), None) + layer.bias.view(shape)
+            assert torch.equal(found, expected)
+            upstream = torch.randn(found.shape, generator=torch.Generator().manual_seed(len(seen)))
+            floats = layer.operate(values, layer.weight_quantizer(layer.weight), layer.bias)
+            for gradient, other in zip(
+                torch.autograd.grad(floats, [layer.weight, layer.bias, values], upstream),
+                torch.autograd.grad(found, [layer.weight, layer.bias, values], upstream, retain_graph=True),
+                strict=True,
+            ):
+                assert torch.equal(other, gradient)
+            return found
+
+        layer.product = compare
+    trained(qmodel, BATCH, torch.float32)
+    assert len(seen) == 3
+
+
+def test_sums_beyond_24_bits_are_rounded_once() -> None:
+    model = nn.Sequential(nn.Conv2d(1024, 8, 3, padding=1, bias=False), nn.ReLU())
+    nn.init.ones_(model[0].weight)
+    batch = torch.rand(2, 1024, 5, 5, generator=torch.Generator().manual_seed(0)) * 0.1 + 0.9
+    qmodel = lowprec.prepare(model, ALL_TERNARY, batch)
+    lowprec.calibrate(qmodel, [batch])
+    qmodel.to(memory_format=torch.channels_last).train()
+    use_integer_kernels(qmodel)
+    ((_, layer),) = quantized_layers(qmodel)
+    values = layer.source(batch.contiguous(memory_format=torch.channels_last))
+    found = integer_product(layer, values)
+    exact = layer.operate(values.double(), layer.weight_quantizer(layer.weight).double(), None)
+    unit = 2.0 ** (layer.source.exponent + layer.weight_quantizer.with_exponents(layer.weight)[1][0])
+    assert (exact / unit).abs().max() > 1 << 24
+    assert torch.equal(found, exact.float())
+
+
+@pytest.mark.parametrize(("share", "used"), [(0.0, 2), (0.5, 1)])
+def test_behind_a_dropout_the_grid_is_lost(share: float, used: int) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(share), nn.Linear(8, 4)
+    )
+    qmodel = prepared(model, ALL_TERNARY)
+    assert use_integer_kernels(qmodel) == used
+    assert bool(torch.isfinite(trained(qmodel, BATCH, torch.float32)[0]).all())
+
+
+def test_float_kernels_where_integer_ones_are_not_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "convolves_exactly", lambda kind, magnitude: False)
+    monkeypatch.setattr(kernels, "multiplies_exactly", lambda magnitude: False)
+    qmodel = prepared(NETWORKS["resnet"](), "w2a8_n4")
+    assert use_integer_kernels(qmodel) == 0
+    assert all(layer.product is None for _, layer in quantized_layers(qmodel))
+
+
+def test_it_can_be_turned_off_again() -> None:
+    qmodel = prepared(NETWORKS["resnet"](), "w2a8_n4")
+    assert use_integer_kernels(qmodel) > 0
+    assert use_integer_kernels(qmodel, False) == 0
+    assert all(layer.product is None for _, layer in quantized_layers(qmodel))
+
+
+def test_few_positions_and_full_precision_go_to_float_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    qmodel = prepared(NETWORKS["resnet"](), "w2a8_n4")
+    layer = list(quantized_layers(qmodel))[1][1]
+    values = torch.zeros(2, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+    assert integer_product(layer, values) is not None
+    monkeypatch.setattr("lowprec.layers.integer_product.LEAST_POSITIONS", 33)
+    assert integer_product(layer, values) is None
+    monkeypatch.undo()
+    layer.source.quantizing = False
+    assert integer_product(layer, values) is None
+
+
+IN_ANOTHER_PROCESS = """
+import pytest, sys, torch
+from lowprec.numerics import kernels
+from lowprec.recipe import Recipe, Rule, WeightScheme
+assert "AVX2" in torch.backends.cpu.get_cpu_capability(), torch.backends.cpu.get_cpu_capability()
+assert not kernels.convolves_exactly("dense", 128), "pairs of products do not saturate here"
+sys.exit(pytest.main(["-q", "-p", "no:xdist", "-o", "addopts=", "-m", "not slow", sys.argv[1]]))
+"""
+
+
+@pytest.mark.slow
+def test_all_of_this_with_avx2_kernels() -> None:
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    limits = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+    environment = {**os.environ, **limits, "PYTHONPATH": path}
+    command = [sys.executable, "-c", IN_ANOTHER_PROCESS, __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
