@@ -16,6 +16,7 @@ from lowprec.calibration.statistics import ChannelStatistics, ChannelSums, corre
 from lowprec.calibration.walk import Walk
 from lowprec.images import check_images, image_batches
 from lowprec.layers import ActivationQuantizer, QuantizedLayer
+from lowprec.layers.integer_product import on_integers
 from lowprec.prepare import expect_prepared, full_precision
 
 
@@ -42,7 +43,9 @@ def calibrate(qmodel: fx.GraphModule, batches: Iterable[Any], batch_norm_correct
     was_training = qmodel.training
     qmodel.eval()
     try:
-        _CalibrationWalk(qmodel, _reference_statistics(qmodel, images) if batch_norm_correction else {}).run(images)
+        reference = _reference_statistics(qmodel, images) if batch_norm_correction else {}
+        with on_integers(qmodel):
+            _CalibrationWalk(qmodel, reference).run(images)
     finally:
         qmodel.train(was_training)
 

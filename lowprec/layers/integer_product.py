@@ -1,4 +1,4 @@
-"""Products of a training's forward pass on the integers themselves: oneDNN's 8-bit kernels, twice and more as fast as float32.
+"""Products of the fake-quant model on the integers themselves: oneDNN's 8-bit kernels, twice and more as fast as float32.
 
 Quantized activations and weights are integers times powers of two, x = 2^e_x · q and w = 2^e_w · c, so that a product of them is
 2^(e_x + e_w) · Σ q·c. The kernels sum in 32 bits, which is exact, and give float32: what the float32 product gives, bit by bit,
@@ -7,7 +7,8 @@ while |Σ q·c| stays below 2^24; beyond, float32 rounds on the way and the inte
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,10 +27,10 @@ KEEPS_GRID = (nn.Flatten, nn.Identity, nn.MaxPool2d, nn.Upsample)
 
 
 def use_integer_kernels(qmodel: fx.GraphModule, enabled: bool = True) -> int:
-    """Lets dense convolutions and linear layers of a prepared model compute their training forward pass on integers.
+    """Lets dense convolutions and linear layers of a prepared model compute their forward pass on integers.
 
     Where the processor's kernels are exact (found out by running them; for 8-bit weights they need VNNI) and the input is on its
-    quantizer's grid in training too, which it is not behind a dropout. Evaluation stays as it is. Returns the number of layers.
+    quantizer's grid in training too, which it is not behind a dropout. Returns the number of layers.
     """
     count = 0
     for node in qmodel.graph.nodes:
@@ -41,10 +42,25 @@ def use_integer_kernels(qmodel: fx.GraphModule, enabled: bool = True) -> int:
     return count
 
 
-def integer_product(layer: QuantizedLayer, values: Tensor) -> Tensor | None:
-    """A layer's product in training, its bias added, or None where the float kernels are to compute it.
+@contextmanager
+def on_integers(qmodel: fx.GraphModule) -> Iterator[None]:
+    """Within it, layers use integer kernels where they can; afterwards they do as before."""
+    layers = [module for module in qmodel.modules() if isinstance(module, QuantizedLayer)]
+    before = [layer.product for layer in layers]
+    use_integer_kernels(qmodel)
+    try:
+        yield
+    finally:
+        for layer, product in zip(layers, before, strict=True):
+            layer.product = product
 
-    values: as ``layer.operate`` takes them, on the grid of the layer's source.
+
+def integer_product(
+    layer: QuantizedLayer, values: Tensor, weight: Tensor, exponent: Tensor, bias: Tensor | None
+) -> Tensor | None:
+    """What ``layer.operate(values, weight, bias)`` gives, or None where that is to compute it.
+
+    values: on the grid of the layer's source; weight: integers of -128 … 127 times 2^exponent, exponent: [O].
     """
     source = layer.source
     takes = (
@@ -57,10 +73,9 @@ def integer_product(layer: QuantizedLayer, values: Tensor) -> Tensor | None:
         return None
     if values.numel() // values.shape[1 if convolves else -1] < LEAST_POSITIONS:
         return None
-    weight, exponent = layer.weight_quantizer.with_exponents(layer.weight)
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else values.dtype
     geometry = (layer.stride, layer.padding, layer.dilation) if isinstance(layer, QuantizedConv2d) else None
-    result: Tensor = _IntegerProduct.apply(values, weight, layer.bias, source, exponent, geometry, dtype)
+    result: Tensor = _IntegerProduct.apply(values, weight, bias, source, exponent, geometry, dtype)
     return result
 
 

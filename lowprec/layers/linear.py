@@ -71,10 +71,10 @@ class QuantizedLayer(nn.Module, ABC):
         self.weight_quantizer = WeightQuantizer(tuple(operator.weight.shape), scheme)
         self.weight_quantizer.to(operator.weight.device)
         self.weight_quantizer.solve(operator.weight, name)
-        # Another way to compute the product in training, where it has one: see use_integer_kernels.
-        self.product: Callable[[QuantizedLayer, Tensor], Tensor | None] | None = None
+        # Another way to compute operate(values, weight, bias), from the exponents of the weight too: see use_integer_kernels.
+        self.product: Callable[[QuantizedLayer, Tensor, Tensor, Tensor, Tensor | None], Tensor | None] | None = None
         self._keeping = False
-        self._kept: tuple[Tensor, Tensor] | None = None
+        self._kept: tuple[Tensor, Tensor, Tensor] | None = None
 
     @abstractmethod
     def operate(self, values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -132,16 +132,14 @@ class QuantizedLayer(nn.Module, ABC):
             return self._normalize(self.operate(values, self.weight, self.bias))
         if self.training:
             self.weight_quantizer.descend(self.weight)
-            output = None if self.product is None else self.product(self, values)
-            if output is None:
-                output = self.operate(values, self.weight_quantizer(self.weight), self.bias)
-            return self._normalize(output)
+            return self._normalize(self.before_norm(values))
         return self._evaluate(values)
 
     def before_norm(self, values: Tensor) -> Tensor:
         """The output before batch norm, with quantized unfolded weights (full-precision ones while not quantizing)."""
-        weight = self.weight_quantizer(self.weight) if self.quantizing else self.weight
-        return self.operate(values, weight, self.bias)
+        if not self.quantizing:
+            return self.operate(values, self.weight, self.bias)
+        return self._multiplied(values, *self.weight_quantizer.with_exponents(self.weight), self.bias)
 
     def gain_and_offset(self) -> tuple[Tensor, Tensor]:
         """What the batch norm multiplies each output channel by, and then adds, [O] each, float64.
@@ -197,14 +195,19 @@ class QuantizedLayer(nn.Module, ABC):
 
     def _evaluate(self, values: Tensor) -> Tensor:
         if self._kept is not None:
-            weight, bias = self._kept
+            weight, exponent, bias = self._kept
         else:
             folded = self.fold()
-            exponent = folded.weights.exponent.view(-1, *[1] * (self.weight.dim() - 1))
-            weight, bias = dequantize(folded.weights.effective.float(), exponent), folded.bias
+            exponent, bias = folded.weights.exponent, folded.bias
+            weight = dequantize(folded.weights.effective.float(), exponent.view(-1, *[1] * (self.weight.dim() - 1)))
             if self._keeping and not torch.compiler.is_compiling():
-                self._kept = weight, bias
-        return self.operate(values, weight.to(values.dtype), bias.to(values.dtype))
+                self._kept = weight, exponent, bias
+        return self._multiplied(values, weight.to(values.dtype), exponent, bias.to(values.dtype))
+
+    def _multiplied(self, values: Tensor, weight: Tensor, exponent: Tensor, bias: Tensor | None) -> Tensor:
+        """:meth:`operate` with a weight of integers times 2^exponent [O]."""
+        result = None if self.product is None else self.product(self, values, weight, exponent, bias)
+        return self.operate(values, weight, bias) if result is None else result
 
     def _normalize(self, values: Tensor) -> Tensor:
         return values if self.norm is None else self.norm(values)

@@ -231,6 +231,8 @@ def fine_tune(current: Run, qmodel: fx.GraphModule, teacher: nn.Module, loggers:
             callbacks=[CodeStatistics(), *profile, *current.callbacks],
             loggers=loggers,
         )
+    # What is verified against the integer model does not come from integer kernels.
+    use_integer_kernels(qmodel, False)
     directory.record("validation", float(checkpoint_metadata(directory.checkpoints / BEST)["validation_top1"]))
     current.measure("fine_tuned", qmodel, current.device)
     qmodel.cpu()

@@ -95,12 +95,12 @@ def learned_scales(setting: Setting) -> Iterator[list[Callback]]:
             scale = quantizer.scale.detach()
             quantizer.threshold.copy_(torch.where(scale > 0, scale / 2, torch.inf))
 
-    original = WeightQuantizer.forward
+    original = WeightQuantizer.with_exponents
 
-    def forward(quantizer: WeightQuantizer, weight: Tensor) -> Tensor:
-        quantized = original(quantizer, weight)
+    def with_exponents(quantizer: WeightQuantizer, weight: Tensor) -> tuple[Tensor, Tensor]:
+        quantized, exponent = original(quantizer, weight)
         if quantizer.scheme.bits == 8:
-            return quantized
+            return quantized, exponent
         limit = 1 if quantizer.scheme.bits == 2 else 7
         with torch.no_grad():
             w_OGNP = quantizer.layout.split(weight.detach().float())
@@ -109,26 +109,30 @@ def learned_scales(setting: Setting) -> Iterator[list[Callback]]:
             slope = torch.where(ratio.abs() <= limit, codes - ratio, codes)
             slope = slope / math.sqrt(quantizer.layout.weights_per_cluster * limit)
         learned = quantizer.scale - quantizer.scale.detach()
-        return quantized + quantizer.layout.merge(slope * learned)
+        return quantized + quantizer.layout.merge(slope * learned), exponent
 
-    with patch.object(WeightQuantizer, "descend", follow), patch.object(WeightQuantizer, "forward", forward):
+    with (
+        patch.object(WeightQuantizer, "descend", follow),
+        patch.object(WeightQuantizer, "with_exponents", with_exponents),
+    ):
         yield []
 
 
 @contextmanager
 def unrounded_scales(setting: Setting) -> Iterator[list[Callback]]:
     """Training multiplies scale · code; the rounding of scales to mantissas comes with the integer model alone."""
-    original = WeightQuantizer.forward
+    original = WeightQuantizer.with_exponents
 
-    def forward(quantizer: WeightQuantizer, weight: Tensor) -> Tensor:
+    def with_exponents(quantizer: WeightQuantizer, weight: Tensor) -> tuple[Tensor, Tensor]:
+        rounded, exponent = original(quantizer, weight)
         if quantizer.scheme.bits == 8:
-            return original(quantizer, weight)
+            return rounded, exponent
         with torch.no_grad():
             codes = quantizer.layout.split(quantizer.codes(weight))
             quantized = quantizer.layout.merge(codes * quantizer.scale)
-        return straight_through_weight(weight, quantized)
+        return straight_through_weight(weight, quantized), exponent  # which float kernels have no use for
 
-    with patch.object(WeightQuantizer, "forward", forward):
+    with patch.object(WeightQuantizer, "with_exponents", with_exponents):
         yield []
 
 

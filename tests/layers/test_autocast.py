@@ -17,10 +17,9 @@ def test_weights_are_quantized_in_float32_under_autocast(recipe: str, tmp_path: 
     qmodel.train()
     seen: dict[str, list[torch.Tensor]] = {name: [] for name, _ in quantized_layers(qmodel)}
     outputs = []
-    for name, layer in quantized_layers(qmodel):
-        layer.weight_quantizer.register_forward_hook(
-            lambda module, inputs, output, name=name: seen[name].append(output.detach().clone())
-        )
+    for _, layer in quantized_layers(qmodel):
+        # None: the float product follows.
+        layer.product = lambda layer, values, weight, *rest: seen[layer.name].append(weight.detach().clone())
     state = {name: tensor.clone() for name, tensor in qmodel.state_dict().items()}
     for enabled in (False, True):
         qmodel.load_state_dict(state)

@@ -15,8 +15,8 @@ from networks import awkward, images
 from torch import Tensor, fx, nn
 
 import lowprec
-from lowprec.layers import quantized_layers
-from lowprec.layers.integer_product import integer_product, use_integer_kernels
+from lowprec.layers import QuantizedLayer, quantized_layers
+from lowprec.layers.integer_product import integer_product, on_integers, use_integer_kernels
 from lowprec.models.cifar_mobilenet import CifarMobileNetV2
 from lowprec.models.cifar_resnet import CifarResNet
 from lowprec.numerics import kernels
@@ -99,17 +99,19 @@ def test_each_layer_with_its_bias(bits: int) -> None:
     seen = []
     for _, layer in quantized_layers(qmodel):
 
-        def compare(layer: lowprec.layers.QuantizedLayer, values: Tensor) -> Tensor:
-            found = integer_product(layer, values)
+        def compare(
+            layer: QuantizedLayer, values: Tensor, weight: Tensor, exponent: Tensor, bias: Tensor | None
+        ) -> Tensor:
+            found = integer_product(layer, values, weight, exponent, bias)
             assert found is not None
             seen.append(layer.name)
             shape = (-1, 1, 1) if found.dim() == 4 else (-1,)
-            expected = layer.operate(values, layer.weight_quantizer(layer.weight), None) + layer.bias.view(shape)
+            expected = layer.operate(values, weight, None) + layer.bias.view(shape)
             assert torch.equal(found, expected)
             upstream = torch.randn(found.shape, generator=torch.Generator().manual_seed(len(seen)))
-            floats = layer.operate(values, layer.weight_quantizer(layer.weight), layer.bias)
+            floats = layer.operate(values, weight, layer.bias)
             for gradient, other in zip(
-                torch.autograd.grad(floats, [layer.weight, layer.bias, values], upstream),
+                torch.autograd.grad(floats, [layer.weight, layer.bias, values], upstream, retain_graph=True),
                 torch.autograd.grad(found, [layer.weight, layer.bias, values], upstream, retain_graph=True),
                 strict=True,
             ):
@@ -131,9 +133,10 @@ def test_sums_beyond_24_bits_are_rounded_once() -> None:
     use_integer_kernels(qmodel)
     ((_, layer),) = quantized_layers(qmodel)
     values = layer.source(batch.contiguous(memory_format=torch.channels_last))
-    found = integer_product(layer, values)
-    exact = layer.operate(values.double(), layer.weight_quantizer(layer.weight).double(), None)
-    unit = 2.0 ** (layer.source.exponent + layer.weight_quantizer.with_exponents(layer.weight)[1][0])
+    weight, exponent = layer.weight_quantizer.with_exponents(layer.weight)
+    found = integer_product(layer, values, weight, exponent, None)
+    exact = layer.operate(values.double(), weight.double(), None)
+    unit = 2.0 ** (layer.source.exponent + exponent[0])
     assert (exact / unit).abs().max() > 1 << 24
     assert torch.equal(found, exact.float())
 
@@ -156,6 +159,27 @@ def test_float_kernels_where_integer_ones_are_not_exact(monkeypatch: pytest.Monk
     assert all(layer.product is None for _, layer in quantized_layers(qmodel))
 
 
+@pytest.mark.parametrize("recipe", ["w2a8_n4", "w4a8_n4"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_evaluation_is_equal_and_ends_as_it_began(name: str, recipe: str) -> None:
+    qmodel = prepared(NETWORKS[name](), recipe).eval()
+    batch = BATCH.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        expected = qmodel(batch)
+        with on_integers(qmodel):
+            assert any(layer.product for _, layer in quantized_layers(qmodel))
+            found = qmodel(batch)
+    assert torch.equal(found, expected)
+    assert not any(layer.product for _, layer in quantized_layers(qmodel))
+
+
+def test_calibration_on_integers_chooses_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_integers = prepared(NETWORKS["resnet"](), "w2a8_n4").state_dict()
+    monkeypatch.setattr("lowprec.layers.integer_product.integer_product", lambda *arguments: None)
+    by_floats = prepared(NETWORKS["resnet"](), "w2a8_n4").state_dict()
+    assert all(torch.equal(by_integers[name], tensor) for name, tensor in by_floats.items())
+
+
 def test_it_can_be_turned_off_again() -> None:
     qmodel = prepared(NETWORKS["resnet"](), "w2a8_n4")
     assert use_integer_kernels(qmodel) > 0
@@ -167,12 +191,13 @@ def test_few_positions_and_full_precision_go_to_float_kernels(monkeypatch: pytes
     qmodel = prepared(NETWORKS["resnet"](), "w2a8_n4")
     layer = list(quantized_layers(qmodel))[1][1]
     values = torch.zeros(2, 8, 4, 4).contiguous(memory_format=torch.channels_last)
-    assert integer_product(layer, values) is not None
+    arguments = (values, *layer.weight_quantizer.with_exponents(layer.weight), None)
+    assert integer_product(layer, *arguments) is not None
     monkeypatch.setattr("lowprec.layers.integer_product.LEAST_POSITIONS", 33)
-    assert integer_product(layer, values) is None
+    assert integer_product(layer, *arguments) is None
     monkeypatch.undo()
     layer.source.quantizing = False
-    assert integer_product(layer, values) is None
+    assert integer_product(layer, *arguments) is None
 
 
 IN_ANOTHER_PROCESS = """
