@@ -23,7 +23,7 @@ from lowprec.numerics.straight_through import codes_of_multiples
 
 # Positions below which packing the weights for the kernel costs more than it gives.
 LEAST_POSITIONS = 128
-KEEPS_GRID = (nn.Flatten, nn.Identity, nn.MaxPool2d, nn.Upsample)
+KEEPS_GRID = (nn.Flatten, nn.Identity, nn.MaxPool2d)
 
 
 def use_integer_kernels(qmodel: fx.GraphModule, enabled: bool = True) -> int:
