@@ -3,7 +3,8 @@
     python tests/benchmarks/training_step.py [MODEL ...] [--batch 16] [--side 224] [--rounds 10] [--precision 32 bf16]
 
 MODEL is a name of timm's or torchvision's (default: resnet18); weights and images are random. A step is forward pass,
-cross-entropy, backward pass and SGD with momentum; lowprec's scales follow the weights in each. The candidates take turns in
+cross-entropy, backward pass and SGD with momentum; lowprec's scales follow the weights in each. "float kernels" does without the
+integer kernels that a run has by default, "codes kept" is trainer.keep_codes=true. The candidates take turns in
 one process, so that what else runs on the machine slows all alike; the time is the median over rounds of the ratio to the
 plain step of the same round and precision. Peak memory is that of a process of its own for each (of the device on a GPU).
 Others' quantizers are the optional extra "peers"; a line says where one is not installed or fails.
