@@ -172,8 +172,10 @@ class TrainerConfig:
 
     ``nodes`` and ``devices`` (processes on each node): every process trains on ``data.batch_size`` images a step, times
     ``accumulate_grad_batches``. ``checkpoint_minutes``: last.ckpt is written that often within an epoch; null leaves it at
-    the ends of epochs. ``debug``: one_batch, overfit or profile instead of a training. ``log_every_steps``: optimizer steps
-    between two rows of metrics; ``progress_seconds``: between two lines of progress where there is no terminal.
+    the ends of epochs. ``integer_kernels``: see :func:`lowprec.layers.integer_product.use_integer_kernels`; ``keep_codes``: see
+    :func:`lowprec.layers.saved_codes.saved_as_codes`, not with ``compile``. ``debug``: one_batch, overfit or profile instead of a
+    training. ``log_every_steps``: optimizer steps between two rows of metrics; ``progress_seconds``: between two lines of
+    progress where there is no terminal.
     """
 
     max_epochs: int = 4

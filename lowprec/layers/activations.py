@@ -52,6 +52,11 @@ class ActivationQuantizer(nn.Module):
         """The codes that the tensor may take: 0 … 255, or -128 … 127 where it can be negative."""
         return SIGNED_8_BIT if self.signed else UNSIGNED_8_BIT
 
+    @property
+    def int8_offset(self) -> int:
+        """What is taken off a code so that int8 holds it."""
+        return 0 if self.signed else 128
+
     def set_exponent(self, exponent: int) -> None:
         """Fixes the exponent; the quantizer is calibrated from here on."""
         self.exponent.fill_(exponent)

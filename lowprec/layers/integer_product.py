@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
 
 from lowprec.layers.activations import ActivationQuantizer
+from lowprec.layers.elementwise import QuantizedReLU
 from lowprec.layers.linear import QuantizedConv2d, QuantizedLayer, QuantizedLinear
 from lowprec.numerics import kernels
 from lowprec.numerics.fixed_point import power_of_two, scale_by_power_of_two
@@ -103,16 +104,15 @@ class _IntegerProduct(torch.autograd.Function):
         ctx.biases = None if bias is None else len(bias)
         ctx.save_for_backward(values, weight)
         bias = None if bias is None else bias.to(dtype).float()  # as autocast would have it
-        zero = 128 if source.signed else 0
         input_scale, scale = power_of_two(source.exponent), power_of_two(exponent)
-        # A byte is its code, or, of a signed tensor, its code and 128; int8 holds it less 128, with the first bit turned.
-        codes = codes_of_multiples(values, input_scale, 128 - zero).view(torch.uint8).bitwise_xor_(128)
+        # Turning the first bit of an int8 number gives the byte that is 128 more.
+        codes = codes_of_multiples(values, input_scale, source.int8_offset).view(torch.uint8).bitwise_xor_(128)
         integers = scale_by_power_of_two(weight, -exponent.view(-1, *[1] * (weight.dim() - 1))).to(torch.int8)
-        arguments = (float(input_scale), zero)
+        arguments = (float(input_scale), 128 - source.int8_offset)
         zeros = torch.zeros(len(scale), dtype=torch.int32)
         tail: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
         if geometry is None:
-            rows = codes.view(-1, codes.shape[-1])
+            rows = codes.reshape(-1, codes.shape[-1])
             packed = torch.ops.onednn.qlinear_prepack.default(integers, None)
             result = torch.ops.onednn.qlinear_pointwise.default(rows, *arguments, packed, scale, zeros, bias, *tail)
             return result.view(*values.shape[:-1], -1).to(dtype)
@@ -169,7 +169,7 @@ def _on_grid(qmodel: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a tensor is still on its quantizer's grid: a dropout drops, and scales up what is left."""
     if node.op == "call_module":
         module = qmodel.get_submodule(str(node.target))
-        if type(module).__module__.startswith("lowprec.layers"):
+        if isinstance(module, ActivationQuantizer | QuantizedReLU) or getattr(module, "quantizer", None) is not None:
             return True
         keeps = isinstance(module, KEEPS_GRID) or (isinstance(module, nn.Dropout) and module.p == 0)
         return keeps and _on_grid(qmodel, node.all_input_nodes[0])

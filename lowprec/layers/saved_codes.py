@@ -48,8 +48,7 @@ class _Grid:
     def __init__(self, values: Tensor, quantizer: ActivationQuantizer) -> None:
         self.version = values._version
         self.scale = power_of_two(quantizer.exponent)
-        # Codes up to 255 are kept less 128.
-        self.offset = 0 if quantizer.signed else 128
+        self.offset = quantizer.int8_offset
         self._codes: weakref.ref[_Codes] | None = None
 
     def codes(self, storage: torch.UntypedStorage, like: Tensor) -> _Codes:

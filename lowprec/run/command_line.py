@@ -183,13 +183,14 @@ def run_to_exit_code(
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """No garbage collection while modules are imported, a sixth of the time that takes; what they hold is never garbage."""
+    """No garbage collection while modules are imported: it takes time, and what they hold is no garbage."""
+    collecting = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
-        gc.freeze()
+        if collecting:
+            gc.enable()
 
 
 def _show_finished(directory: RunDirectory) -> int:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from avx2_kernels import assert_passes_with_avx2
 from networks import awkward, images, quantize, random_network, random_recipe
 from torch import Tensor
 
@@ -380,21 +377,6 @@ def test_integer_kernels_are_used_where_they_are_exact() -> None:
     assert kernels.multiplies_exactly(kernels.SAFE_MAGNITUDE)
 
 
-IN_ANOTHER_PROCESS = """
-import pytest, sys, torch
-from lowprec.numerics import kernels
-assert "AVX2" in torch.backends.cpu.get_cpu_capability(), torch.backends.cpu.get_cpu_capability()
-assert not kernels.convolves_exactly("dense", 128), "pairs of products do not saturate here"
-assert kernels.convolves_exactly("dense", 64)
-sys.exit(pytest.main(["-q", "-p", "no:xdist", "-o", "addopts=", "-m", "not slow", sys.argv[1]]))
-"""
-
-
 @pytest.mark.slow
 def test_all_of_this_with_avx2_kernels() -> None:
-    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    limits = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
-    environment = {**os.environ, **limits, "PYTHONPATH": path}
-    command = [sys.executable, "-c", IN_ANOTHER_PROCESS, __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert_passes_with_avx2(__file__)

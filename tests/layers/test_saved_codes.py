@@ -51,7 +51,7 @@ def trained(qmodel: nn.Module, batch: Tensor, keep_codes: bool) -> tuple[Tensor,
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_gradients_are_equal(name: str, memory_format: torch.memory_format, dtype: torch.dtype) -> None:
-    qmodel = prepared(name).to(memory_format=memory_format)  # type: ignore[call-overload]
+    qmodel = prepared(name).to(memory_format=memory_format)
     batch = BATCH.contiguous(memory_format=memory_format)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         # Two steps of each, so that the scales have come to rest.
