@@ -35,8 +35,7 @@ class ChannelSums:
     def add(self, values: Tensor) -> None:
         count = values.shape[0] * values.shape[2]
         total = values.sum(2).double().sum(0)
-        # A norm squares and adds without a tensor of squares.
-        squares = torch.linalg.vector_norm(values, dim=2).double().square().sum(0)
+        squares = _squares(values).sum(0)
         mean_square = (total / count).square()
         near_constant = mean_square > CANCELLING * (squares / count - mean_square)
         if near_constant.any():
@@ -50,6 +49,14 @@ class ChannelSums:
     def statistics(self) -> ChannelStatistics:
         mean = torch.as_tensor(self.total) / self.count
         return ChannelStatistics(mean, (torch.as_tensor(self.squares) / self.count - mean.square()).clamp(min=0))
+
+
+def _squares(values: Tensor) -> Tensor:
+    """Sums of squares over positions, [B, C], float64."""
+    if values.stride(2) == 1:
+        # A norm squares and adds without a tensor of squares, where positions lie side by side.
+        return torch.linalg.vector_norm(values, dim=2).double().square()
+    return torch.stack([image.square().sum(1) for image in values]).double()
 
 
 def correct_norm(layer: QuantizedLayer, reference: ChannelStatistics, inputs: Sequence[Tensor]) -> list[Tensor]:

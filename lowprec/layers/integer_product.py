@@ -132,7 +132,8 @@ class _IntegerProduct(torch.autograd.Function):
         if ctx.geometry is None:
             rows = gradient.reshape(-1, gradient.shape[-1])
             if needs_input:
-                of_input = rows.mm(weight).view(values.shape)
+                # Not a view, so that the quantizer behind may use its memory.
+                of_input = torch.ops.aten._unsafe_view(rows.mm(weight), values.shape)
             if needs_weight:
                 of_weight = rows.t().mm(values.reshape(-1, values.shape[-1]))
             if needs_bias:

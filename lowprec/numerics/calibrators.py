@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lowprec.numerics.fixed_point import CodeRange, dequantize, exponent_for, quantize
+from lowprec.numerics.memory import in_memory_order, is_channels_last
 
 # Exponents below the one that just fits are tried down to this many (2^6: an outlier 64 times the bulk).
 CANDIDATES = 7
@@ -29,8 +30,8 @@ def choose_exponent(tensors: list[Tensor], codes: CodeRange, calibrator: str, pe
     Raises:
         ValueError: a value is infinite or NaN.
     """
-    # No tensor of magnitudes: this finds both ends in one pass.
-    extremes = [torch.stack(torch.aminmax(tensor.detach())).abs().amax().float() for tensor in tensors]
+    # No tensor of magnitudes: this finds both ends in one pass, and copies what does not lie in the usual order.
+    extremes = [torch.stack(torch.aminmax(in_memory_order(tensor.detach()))).abs().amax().float() for tensor in tensors]
     largest = torch.stack(extremes).amax()
     if not torch.isfinite(largest):
         raise ValueError("values are infinite or NaN")
@@ -59,4 +60,11 @@ def choose_exponent(tensors: list[Tensor], codes: CodeRange, calibrator: str, pe
 
 def _sample(tensors: list[Tensor]) -> Tensor:
     step = max(1, ceil(sum(tensor.numel() for tensor in tensors) / SAMPLES))
-    return torch.cat([tensor.detach().reshape(-1)[::step].float() for tensor in tensors])
+    return torch.cat([_every(step, tensor.detach()).float() for tensor in tensors])
+
+
+def _every(step: int, tensor: Tensor) -> Tensor:
+    if not is_channels_last(tensor):
+        return tensor.reshape(-1)[::step]
+    # All channels of some positions: every step-th number would always be of the same channels.
+    return tensor.permute(0, 2, 3, 1).flatten(0, 2)[::step].flatten()

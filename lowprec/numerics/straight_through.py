@@ -11,9 +11,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from lowprec.numerics.fixed_point import CodeRange, round_to_multiples
+from lowprec.numerics.memory import holders, holders_of_unshared, in_memory_order, is_dense
 
 # Elements of a block for each thread: several passes over one find it in the processor's cache.
 BLOCK = 1 << 19
+# One place in so many, an int64 each, takes as much memory as a bit for every element.
+FEW = 64
+PARTS = 32
 
 
 class StraightThroughWeight(torch.autograd.Function):
@@ -38,7 +42,7 @@ class StraightThroughActivation(torch.autograd.Function):
     Equation: y = clamp(round_half_even(f(x) / s), low, high) · s with s = 2^exponent; f is the identity, ReLU or ReLU6.
     Gradient: ∂L/∂x = ∂L/∂y · f'(x) where the unclamped code lies in [low, high], else 0; none for s. Exact in bfloat16 too,
     whose 8 significant bits hold every 8-bit code; float16, whose exponents do not reach, is computed in float32. Source: arXiv
-    1701.08978, with the gradient of PACT (arXiv 1805.06085). Saved for the backward pass is one bit an element.
+    1701.08978, with the gradient of PACT (arXiv 1805.06085). Saved for the backward pass is one bit an element, or less.
     """
 
     @staticmethod
@@ -47,7 +51,7 @@ class StraightThroughActivation(torch.autograd.Function):
     ) -> Tensor:
         ctx.dtype = values.dtype
         values = values.float() if values.dtype == torch.float16 else values
-        if not _is_dense(values):
+        if not is_dense(values):
             values, overwrite = values.contiguous(), True
         elif values.dtype != ctx.dtype:
             overwrite = True  # the converted values are nobody else's
@@ -61,12 +65,15 @@ class StraightThroughActivation(torch.autograd.Function):
             clipped = not limits.hold(block)
             if clipped and ctx.needs_input_grad[0]:
                 # Comparisons that give numbers are vectorized, those that give booleans are not.
-                masks.append(_packed(block.clamp(limits.least, limits.most).eq_(block), worth))
+                inside = block.clamp(limits.least, limits.most).eq_(block)
+                places = _places_of_few_zeros(inside) if limits.watched else None
+                masks.append(_packed(inside, worth) if places is None else places)
             ctx.clipped.append(clipped)
             round_to_multiples(
                 torch.clamp(block, limits.low, limits.high, out=to) if clipped else block, limits.scale, out=to
             )
         ctx.save_for_backward(*masks)
+        ctx.unshared = holders_of_unshared() if masks and limits.numbers else None
         return result
 
     @staticmethod
@@ -74,25 +81,32 @@ class StraightThroughActivation(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         if not any(ctx.clipped):
             return gradient.to(ctx.dtype), None, None, None, None, None
+        # Memory that is nobody else's is used again.
+        unshared = ctx.unshared is not None and holders(gradient) == ctx.unshared
         if gradient.stride() != ctx.strides:
+            unshared = True
             gradient = torch.empty_strided(
                 gradient.shape, ctx.strides, dtype=gradient.dtype, device=gradient.device
             ).copy_(gradient)
-        passed = torch.empty_like(gradient)
+        passed = gradient if unshared else torch.empty_like(gradient)
         masks = iter(ctx.saved_tensors)
         for to, incoming, clipped in zip(
             _blocks(passed, ctx.size), _blocks(gradient, ctx.size), ctx.clipped, strict=True
         ):
-            if clipped:
-                torch.mul(incoming, _unpacked(next(masks), incoming), out=to)
-            else:
+            mask = next(masks) if clipped else None
+            if mask is not None and mask.dtype == torch.int8:
+                torch.mul(incoming, _unpacked(mask, incoming), out=to)
+                continue
+            if not unshared:
                 to.copy_(incoming)
+            if mask is not None:
+                to.index_fill_(0, mask, 0)
         return passed.to(ctx.dtype), None, None, None, None, None
 
 
 def codes_of_multiples(values: Tensor, scale: Tensor, offset: int) -> Tensor:
     """values / scale - offset as int8, in shape and strides of ``values``: multiples of ``scale``, a power of two."""
-    values = values if _is_dense(values) else values.contiguous()
+    values = values if is_dense(values) else values.contiguous()
     codes = torch.empty_like(values, dtype=torch.int8)
     size = _block_size(values)
     for block, to in zip(_blocks(values, size), _blocks(codes, size), strict=True):
@@ -103,7 +117,7 @@ def codes_of_multiples(values: Tensor, scale: Tensor, offset: int) -> Tensor:
 def multiples_of_codes(codes: Tensor, scale: Tensor, offset: int, dtype: torch.dtype) -> Tensor:
     """(codes + offset) · scale in ``dtype``, which holds each exactly; shape and strides of the int8 ``codes``."""
     values = torch.empty_like(codes, dtype=dtype)
-    if not _is_dense(codes):
+    if not is_dense(codes):
         return values.copy_(codes).add_(offset).mul_(scale)
     size = _block_size(values)
     for to, block in zip(_blocks(values, size), _blocks(codes, size), strict=True):
@@ -123,6 +137,7 @@ class _Limits(NamedTuple):
     least: Any
     most: Any
     watched: bool
+    numbers: bool
 
     @classmethod
     def of(cls, values: Tensor, scale: Tensor, low: int, high: int, activation: str) -> _Limits:
@@ -143,7 +158,7 @@ class _Limits(NamedTuple):
             if not numbers:
                 least, smallest = torch.full_like(unit, least), torch.zeros_like(unit)
         # Most tensors that are not rectified have next to nothing outside, which is worth a look.
-        return cls(unit, smallest, largest, least, most, numbers and not activation)
+        return cls(unit, smallest, largest, least, most, numbers and not activation, numbers)
 
     def hold(self, block: Tensor) -> bool:
         """Whether nothing of ``block`` is known to lie outside."""
@@ -171,11 +186,6 @@ def straight_through_activation(
     return StraightThroughActivation.apply(values, scale, codes.low, codes.high, activation, overwrite)
 
 
-def _is_dense(values: Tensor) -> bool:
-    """Whether it fills a stretch of memory."""
-    return values.is_contiguous() or (values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last))
-
-
 def _block_size(tensor: Tensor) -> int:
     """Elements of a block that fits a cache; all of them where that is no gain."""
     if torch.compiler.is_compiling() or tensor.is_cuda:
@@ -187,7 +197,21 @@ def _blocks(tensor: Tensor, size: int) -> Sequence[Tensor]:
     """Views of a tensor of ``size`` elements each, in the order of its memory; a compiler gets the whole."""
     if torch.compiler.is_compiling():
         return (tensor,)
-    return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset()).split(size)
+    return in_memory_order(tensor).split(size)
+
+
+def _places_of_few_zeros(ones: Tensor) -> Tensor | None:
+    """Where ``ones`` [N], zeros and ones, holds zeros, if there are so few that bits would take more memory."""
+    if ones.numel() % PARTS:
+        return None
+    # Sums over equal parts first: searching is slow, adding is not.
+    parts = ones.view(PARTS, -1)
+    zeros = PARTS - ones.new_ones(PARTS) @ parts
+    if float(zeros.sum()) > ones.numel() / FEW:
+        return None
+    columns = zeros.nonzero().squeeze(1)
+    rows, found = (parts.index_select(1, columns) - 1).nonzero().unbind(1)
+    return rows * parts.shape[1] + columns[found]
 
 
 def _packed(ones: Tensor, worth: Tensor) -> Tensor:

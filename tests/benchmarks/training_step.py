@@ -7,6 +7,7 @@ cross-entropy, backward pass and SGD with momentum; lowprec's scales follow the 
 integer kernels that a run has by default, "codes kept" is trainer.keep_codes=true. The candidates take turns in
 one process, so that what else runs on the machine slows all alike; the time is the median over rounds of the ratio to the
 plain step of the same round and precision. Peak memory is that of a process of its own for each (of the device on a GPU).
+Where times are taken, freed memory stays with the process, as in a run of train.py.
 Others' quantizers are the optional extra "peers"; a line says where one is not installed or fails.
 """
 
@@ -35,11 +36,12 @@ import lowprec
 from lowprec.layers.integer_product import use_integer_kernels
 from lowprec.layers.saved_codes import saved_as_codes
 from lowprec.models import create_model
+from lowprec.run.allocator import keep_freed_memory
 
 CLASSES = 1000
 PLAIN = "plain"
 RECIPES = ("w2a8_n4", "w2a8_n64", "w4a8_n4")
-WARM_UP = 2
+WARM_UP = 4  # until no step needs memory that the process does not have yet
 STEPS_FOR_MEMORY = 3
 MEBIBYTE = 1 << 20
 
@@ -231,6 +233,7 @@ def main(arguments: list[str]) -> None:
     if given.memory_of is not None:
         print_memory(given.memory_of, given.models[0], given.batch, given.side, given.precision[0])
         return
+    keep_freed_memory()
     chosen = [name for name in CANDIDATES if any(fnmatch.fnmatchcase(name, pattern) for pattern in given.only)]
     names = [PLAIN, *(name for name in chosen if name != PLAIN)]
     print(describe_machine(torch.get_num_threads()))

@@ -93,3 +93,21 @@ def test_samples_are_at_most_as_many_as_said(limit: int, monkeypatch: pytest.Mon
     assert (
         calibrators._sample([torch.arange(400.0), torch.arange(600.0)]).numel() <= limit + 1
     )  # each tensor starts anew
+
+
+@pytest.mark.parametrize("calibrator", ["max", "percentile", "mse"])
+def test_the_order_in_memory_changes_nothing(calibrator: str) -> None:
+    values = torch.randn(3, 8, 5, 7, generator=torch.Generator().manual_seed(0))
+    last = values.contiguous(memory_format=torch.channels_last)
+    assert choose_exponent([last], SIGNED_8_BIT, calibrator, 95.0) == choose_exponent(
+        [values], SIGNED_8_BIT, calibrator, 95.0
+    )
+
+
+def test_samples_are_of_all_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A step of 8 through memory would meet the same channel of 8 each time.
+    monkeypatch.setattr(calibrators, "SAMPLES", 8 * 16)
+    values = torch.arange(8.0).view(1, 8, 1, 1).expand(4, 8, 4, 8).contiguous(memory_format=torch.channels_last)
+    sample = calibrators._sample([values])
+    assert sample.numel() == 8 * 16
+    assert sample.unique().tolist() == list(range(8))
