@@ -34,11 +34,7 @@ def calibrate(qmodel: fx.GraphModule, batches: Iterable[Any], batch_norm_correct
         ValueError: no images, or of another number of channels; values that are infinite or NaN (the batch or the tensor is
             named); or a model calibrated already whose batch norms would be corrected twice.
     """
-    # As integer kernels take them.
-    images = [
-        batch.contiguous(memory_format=torch.channels_last)
-        for batch in calibration_images(qmodel, batches, "calibrate")
-    ]
+    images = calibration_images(qmodel, batches, "calibrate")
     if batch_norm_correction and is_calibrated(qmodel):
         raise ValueError(
             "the model is calibrated already and its batch norms would be corrected twice: prepare the full-precision "
