@@ -55,11 +55,11 @@ def holders_of_unshared() -> Holders | None:
     if sys.gettrace() is not None or sys.getprofile() is not None:
         return None
     with torch.enable_grad():
-        Probe.apply(torch.zeros(2, requires_grad=True)).mul(2).sum().backward()
-    return Probe.found
+        _Probe.apply(torch.zeros(2, requires_grad=True)).mul(2).sum().backward()
+    return _Probe.found
 
 
-class Probe(torch.autograd.Function):
+class _Probe(torch.autograd.Function):
     """The identity, whose backward function counts who holds its gradient. Gradient: unchanged."""
 
     found: Holders | None = None
@@ -71,5 +71,5 @@ class Probe(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        Probe.found = holders(gradient)
+        _Probe.found = holders(gradient)
         return gradient

@@ -17,6 +17,7 @@ from lowprec.numerics.memory import holders, holders_of_unshared, in_memory_orde
 BLOCK = 1 << 19
 # One place in so many, an int64 each, takes as much memory as a bit for every element.
 FEW = 64
+# Parts of a block that are added up before zeros are searched for: the search is that much shorter.
 PARTS = 32
 
 
@@ -73,7 +74,7 @@ class StraightThroughActivation(torch.autograd.Function):
                 torch.clamp(block, limits.low, limits.high, out=to) if clipped else block, limits.scale, out=to
             )
         ctx.save_for_backward(*masks)
-        ctx.unshared = holders_of_unshared() if masks and limits.numbers else None
+        ctx.unshared = holders_of_unshared() if masks and isinstance(limits.scale, float) else None
         return result
 
     @staticmethod
@@ -137,7 +138,6 @@ class _Limits(NamedTuple):
     least: Any
     most: Any
     watched: bool
-    numbers: bool
 
     @classmethod
     def of(cls, values: Tensor, scale: Tensor, low: int, high: int, activation: str) -> _Limits:
@@ -158,7 +158,7 @@ class _Limits(NamedTuple):
             if not numbers:
                 least, smallest = torch.full_like(unit, least), torch.zeros_like(unit)
         # Most tensors that are not rectified have next to nothing outside, which is worth a look.
-        return cls(unit, smallest, largest, least, most, numbers and not activation, numbers)
+        return cls(unit, smallest, largest, least, most, numbers and not activation)
 
     def hold(self, block: Tensor) -> bool:
         """Whether nothing of ``block`` is known to lie outside."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -145,7 +145,7 @@ def test_the_root_of_a_backward_pass_is_left_alone(of_whom: str) -> None:
 class Address(torch.autograd.Function):
     """The identity, which notes where its gradient lies."""
 
-    seen: list[int] = []  # noqa: RUF012
+    seen: ClassVar[list[int]] = []
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
