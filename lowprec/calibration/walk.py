@@ -26,7 +26,11 @@ MASK_THRESHOLD = -32.0
 
 
 class Walk:
-    """Goes through the graph node by node, all batches at a time; tensors are kept as 8-bit codes, and dropped early."""
+    """Goes through the graph node by node, all batches at a time; tensors are kept as 8-bit codes, and dropped early.
+
+    Images are channels_last, as integer kernels take them, but in the usual order where the model itself moves them about: it
+    may call view, which cannot take them otherwise.
+    """
 
     def __init__(self, qmodel: fx.GraphModule) -> None:
         self.qmodel = qmodel
@@ -101,7 +105,10 @@ class Walk:
         def tensor_of(stored: Any) -> Any:
             if isinstance(stored, _Codes):
                 quantizers.append(stored.quantizer)
-                return stored.codes.float()  # not all movements take 8-bit integers
+                # Not all movements take 8-bit integers.
+                return stored.codes.to(torch.float32, memory_format=torch.contiguous_format)
+            if isinstance(stored, Tensor):
+                return stored.contiguous()
             return tuple(map(tensor_of, stored)) if isinstance(stored, tuple) else stored
 
         arguments, keywords = fx.map_arg((node.args, node.kwargs), lambda used: tensor_of(self.values[used][batch]))
@@ -161,7 +168,8 @@ class _Unpacked(Sequence[Tensor]):
 
 
 def _coded(codes: Tensor, quantizer: ActivationQuantizer) -> _Codes:
-    return _Codes(codes.to(torch.int8 if quantizer.signed else torch.uint8), quantizer)
+    memory_format = torch.channels_last if codes.dim() == 4 else torch.contiguous_format
+    return _Codes(codes.to(torch.int8 if quantizer.signed else torch.uint8, memory_format=memory_format), quantizer)
 
 
 def _is_mask(values: Tensor) -> bool:
@@ -177,6 +185,8 @@ def _within_reach(name: str, batches: list[tuple[Any, ...]]) -> list[tuple[Any, 
     """
     quantizers = [stored.quantizer for stored in batches[0]]
     least = max(int(quantizer.exponent) for quantizer in quantizers) - ADD_REACH
+    if all(int(quantizer.exponent) >= least for quantizer in quantizers):
+        return batches
     for quantizer in quantizers:
         if int(quantizer.exponent) < least:
             log.info("%s: an operand's exponent is raised from %d to %d", name, int(quantizer.exponent), least)

@@ -2,7 +2,8 @@
 
 Quantized activations and weights are integers times powers of two, x = 2^e_x · q and w = 2^e_w · c, so that a product of them is
 2^(e_x + e_w) · Σ q·c. The kernels sum in 32 bits, which is exact, and give float32: what the float32 product gives, bit by bit,
-while |Σ q·c| stays below 2^24; beyond, float32 rounds on the way and the integers once. The backward pass is the float one.
+while |Σ q·c| stays below 2^24; beyond, float32 rounds on the way and the integers once. The backward pass is the float one, on
+values that the 8-bit codes give back exactly: these alone are kept for it, a quarter of the memory.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from lowprec.layers.activations import ActivationQuantizer
 from lowprec.layers.elementwise import QuantizedReLU
 from lowprec.layers.linear import QuantizedConv2d, QuantizedLayer, QuantizedLinear
 from lowprec.numerics import kernels
-from lowprec.numerics.fixed_point import power_of_two, scale_by_power_of_two
-from lowprec.numerics.straight_through import codes_of_multiples
+from lowprec.numerics.fixed_point import dequantize, power_of_two, scale_by_power_of_two
+from lowprec.numerics.straight_through import codes_of_multiples, multiples_of_codes
 
 # Positions below which packing the weights for the kernel costs more than it gives.
 LEAST_POSITIONS = 128
@@ -102,12 +103,14 @@ class _IntegerProduct(torch.autograd.Function):
         ctx.geometry, ctx.dtype = geometry, dtype
         ctx.dtypes = values.dtype, weight.dtype
         ctx.biases = None if bias is None else len(bias)
-        ctx.save_for_backward(values, weight)
         bias = None if bias is None else bias.to(dtype).float()  # as autocast would have it
         input_scale, scale = power_of_two(source.exponent), power_of_two(exponent)
         # Turning the first bit of an int8 number gives the byte that is 128 more.
         codes = codes_of_multiples(values, input_scale, source.int8_offset).view(torch.uint8).bitwise_xor_(128)
-        integers = scale_by_power_of_two(weight, -exponent.view(-1, *[1] * (weight.dim() - 1))).to(torch.int8)
+        exponent = exponent.view(-1, *[1] * (weight.dim() - 1))
+        integers = scale_by_power_of_two(weight, -exponent).to(torch.int8)
+        ctx.save_for_backward(codes, integers, exponent)
+        ctx.grid = input_scale, source.int8_offset - 128
         arguments = (float(input_scale), 128 - source.int8_offset)
         zeros = torch.zeros(len(scale), dtype=torch.int32)
         tail: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
@@ -126,8 +129,10 @@ class _IntegerProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        values, weight = (tensor.to(ctx.dtype) for tensor in ctx.saved_tensors)
+        codes, integers, exponent = ctx.saved_tensors
         needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        values = multiples_of_codes(codes, *ctx.grid, ctx.dtype)
+        weight = dequantize(integers, exponent).to(ctx.dtype)
         of_input = of_weight = of_bias = None
         if ctx.geometry is None:
             rows = gradient.reshape(-1, gradient.shape[-1])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from math import ceil
+from math import ceil, inf
 
 import torch
 from torch import Tensor
 
-from lowprec.numerics.fixed_point import CodeRange, dequantize, exponent_for, quantize
+from lowprec.numerics.fixed_point import CodeRange, exponent_for, power_of_two, quantize
 from lowprec.numerics.memory import in_memory_order, is_channels_last
 
 # Exponents below the one that just fits are tried down to this many (2^6: an outlier 64 times the bulk).
@@ -46,16 +46,24 @@ def choose_exponent(tensors: list[Tensor], codes: CodeRange, calibrator: str, pe
         rank = min(max(1, ceil(values.numel() * percentile / 100 - 1e-6)), values.numel())
         kept = values.abs().kthvalue(rank).values
         return int(exponent_for(kept, codes.high)) if kept > 0 else fitting
-    candidates = torch.arange(fitting, fitting - CANDIDATES, -1, dtype=torch.int32, device=values.device)
-    errors = torch.zeros(CANDIDATES, dtype=torch.float64, device=values.device)
-    for block in values.split(BLOCK):
-        errors += torch.stack(
-            [
-                (dequantize(quantize(block, exponent, codes), exponent) - block).square().sum(dtype=torch.float64)
-                for exponent in candidates
-            ]
-        )
-    return int(candidates[errors.argmin()])
+    best, chosen = inf, fitting
+    for candidate in range(fitting, fitting - CANDIDATES, -1):
+        error = _squared_error(values, torch.tensor(candidate, dtype=torch.int32, device=values.device), codes)
+        if error < best:
+            best, chosen = error, candidate
+        # Rounding is half a step off at most; the rest is clipping, which only grows with smaller exponents.
+        if error - values.numel() * (2.0**candidate / 2) ** 2 > best:
+            break
+    return chosen
+
+
+def _squared_error(values: Tensor, exponent: Tensor, codes: CodeRange) -> float:
+    scale = power_of_two(exponent)
+    errors = [
+        quantize(block, exponent, codes).mul_(scale).sub_(block).square_().sum(dtype=torch.float64)
+        for block in values.split(BLOCK)
+    ]
+    return float(torch.stack(errors).sum())
 
 
 def _sample(tensors: list[Tensor]) -> Tensor:

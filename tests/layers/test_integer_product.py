@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -194,10 +195,33 @@ def test_evaluation_is_equal_and_ends_as_it_began(name: str, recipe: str) -> Non
 
 
 def test_calibration_on_integers_chooses_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert BATCH.is_contiguous()  # as data loaders give them; the kernels take channels_last ones
+    taken = []
+
+    def watched(*arguments: Any) -> Tensor | None:
+        result = integer_product(*arguments)
+        taken.append(result is not None)
+        return result
+
+    monkeypatch.setattr("lowprec.layers.integer_product.integer_product", watched)
     by_integers = prepared(NETWORKS["resnet"](), "w2a8_n4").state_dict()
+    # All but the first convolution, which is 8-bit, and the classifier, which has few positions.
+    assert sum(taken) >= 2 * 8
     monkeypatch.setattr("lowprec.layers.integer_product.integer_product", lambda *arguments: None)
     by_floats = prepared(NETWORKS["resnet"](), "w2a8_n4").state_dict()
     assert all(torch.equal(by_integers[name], tensor) for name, tensor in by_floats.items())
+
+
+def test_of_inputs_and_weights_bytes_are_kept() -> None:
+    qmodel = prepared(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, bias=False)), ALL_TERNARY)
+    assert use_integer_kernels(qmodel) == 2
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        qmodel(BATCH.contiguous(memory_format=torch.channels_last))
+    floats = [tensor for tensor in kept if tensor.is_floating_point()]
+    assert {tensor.dtype for tensor in kept if tensor.numel() >= 8 * 8 * 26 * 26} == {torch.uint8}
+    assert sum(tensor.numel() for tensor in floats) < 100
+    assert sum(tensor.numel() for tensor in kept) > BATCH.numel() + 8 * 8 * 26 * 26
 
 
 def test_it_can_be_turned_off_again() -> None:
