@@ -110,7 +110,7 @@ class _IntegerProduct(torch.autograd.Function):
         exponent = exponent.view(-1, *[1] * (weight.dim() - 1))
         integers = scale_by_power_of_two(weight, -exponent).to(torch.int8)
         ctx.save_for_backward(codes, integers, exponent)
-        ctx.grid = input_scale, source.int8_offset - 128
+        ctx.scale, ctx.offset = input_scale, source.int8_offset - 128
         arguments = (float(input_scale), 128 - source.int8_offset)
         zeros = torch.zeros(len(scale), dtype=torch.int32)
         tail: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
@@ -131,7 +131,7 @@ class _IntegerProduct(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         codes, integers, exponent = ctx.saved_tensors
         needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        values = multiples_of_codes(codes, *ctx.grid, ctx.dtype)
+        values = multiples_of_codes(codes, ctx.scale, ctx.offset, ctx.dtype)
         weight = dequantize(integers, exponent).to(ctx.dtype)
         of_input = of_weight = of_bias = None
         if ctx.geometry is None:
