@@ -8,6 +8,7 @@ values that the 8-bit codes give back exactly: these alone are kept for it, a qu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,8 +24,11 @@ from lowprec.numerics import kernels
 from lowprec.numerics.fixed_point import dequantize, power_of_two, scale_by_power_of_two
 from lowprec.numerics.straight_through import codes_of_multiples, multiples_of_codes
 
-# Positions below which packing the weights for the kernel costs more than it gives.
-LEAST_POSITIONS = 128
+# Below these, in all and for each element of the input, coding and packing cost more than the kernel gives (forward and backward
+# pass, two cores with AVX2). With VNNI kernels do about four times the work, and so much less is enough (not measured).
+LEAST_MULTIPLICATIONS = 1 << 28
+LEAST_OF_AN_ELEMENT = 256
+GAIN_OF_VNNI = 4
 KEEPS_GRID = (nn.Flatten, nn.Identity, nn.MaxPool2d)
 
 
@@ -32,7 +36,8 @@ def use_integer_kernels(qmodel: fx.GraphModule, enabled: bool = True) -> int:
     """Lets dense convolutions and linear layers of a prepared model compute their forward pass on integers.
 
     Where the processor's kernels are exact (found out by running them; for 8-bit weights they need VNNI) and the input is on its
-    quantizer's grid in training too, which it is not behind a dropout. Returns the number of layers.
+    quantizer's grid in training too, which it is not behind a dropout; products that are too small to gain stay on float ones.
+    Returns the number of layers.
     """
     count = 0
     for node in qmodel.graph.nodes:
@@ -73,7 +78,7 @@ def integer_product(
     convolves = isinstance(layer, QuantizedConv2d)
     if convolves and not values.is_contiguous(memory_format=torch.channels_last):
         return None
-    if values.numel() // values.shape[1 if convolves else -1] < LEAST_POSITIONS:
+    if not _is_worth_it(layer, values.numel(), weight.numel() // values.shape[1 if convolves else -1]):
         return None
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else values.dtype
     geometry = (layer.stride, layer.padding, layer.dilation) if isinstance(layer, QuantizedConv2d) else None
@@ -159,6 +164,14 @@ class _IntegerProduct(torch.autograd.Function):
         of_weight = None if of_weight is None else of_weight.to(ctx.dtypes[1])
         of_bias = None if of_bias is None else of_bias.float()
         return of_input, of_weight, of_bias, None, None, None, None
+
+
+def _is_worth_it(layer: QuantizedLayer, elements: int, weights: int) -> bool:
+    """Whether a product is large enough for ``elements`` of the input, each of whose channels has so many weights."""
+    strides = math.prod(layer.stride) if isinstance(layer, QuantizedConv2d) else 1
+    gain = GAIN_OF_VNNI if kernels.multiplies_exactly(128) else 1
+    of_an_element = gain * weights // strides
+    return of_an_element >= LEAST_OF_AN_ELEMENT and elements * of_an_element >= LEAST_MULTIPLICATIONS
 
 
 def _is_exact(layer: QuantizedConv2d | QuantizedLinear) -> bool:

@@ -71,8 +71,9 @@ def expected_layers(qmodel: nn.Module, recipe: str) -> int:
 
 
 @pytest.fixture(autouse=True)
-def on_images_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lowprec.layers.integer_product.LEAST_POSITIONS", 1)
+def on_products_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowprec.layers.integer_product.LEAST_OF_AN_ELEMENT", 0)
+    monkeypatch.setattr("lowprec.layers.integer_product.LEAST_MULTIPLICATIONS", 0)
 
 
 class Signed(nn.Sequential):
@@ -231,18 +232,33 @@ def test_it_can_be_turned_off_again() -> None:
     assert all(layer.product is None for _, layer in quantized_layers(qmodel))
 
 
-def test_few_positions_and_full_precision_go_to_float_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("gain", [1, 4])
+def test_small_products_and_full_precision_go_to_float_kernels(gain: int, monkeypatch: pytest.MonkeyPatch) -> None:
     qmodel = prepared(NETWORKS["resnet"](), "w2a8_n4")
     layer = list(quantized_layers(qmodel))[1][1]
     values = torch.zeros(2, 8, 4, 4).contiguous(memory_format=torch.channels_last)
     arguments = (values, *layer.weight_quantizer.with_exponents(layer.weight), None)
-    assert integer_product(layer, *arguments) is not None
-    monkeypatch.setattr("lowprec.layers.integer_product.LEAST_POSITIONS", 33)
-    assert integer_product(layer, *arguments) is None
-    monkeypatch.setattr("lowprec.layers.integer_product.LEAST_POSITIONS", 32)
+    monkeypatch.setattr("lowprec.numerics.kernels.multiplies_exactly", lambda magnitude: gain > 1)
+    # 8 outputs · 3 · 3 for each element of the input.
+    for constant, own in (("LEAST_OF_AN_ELEMENT", 72), ("LEAST_MULTIPLICATIONS", 72 * values.numel())):
+        assert integer_product(layer, *arguments) is not None
+        monkeypatch.setattr(f"lowprec.layers.integer_product.{constant}", gain * own + 1)
+        assert integer_product(layer, *arguments) is None
+        monkeypatch.setattr(f"lowprec.layers.integer_product.{constant}", gain * own)
     assert integer_product(layer, *arguments) is not None
     layer.source.quantizing = False
     assert integer_product(layer, *arguments) is None
+
+
+def test_a_stride_leaves_fewer_multiplications(monkeypatch: pytest.MonkeyPatch) -> None:
+    qmodel = prepared(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3, stride=2)), ALL_TERNARY)
+    layer = list(quantized_layers(qmodel))[1][1]
+    values = torch.zeros(2, 8, 8, 8).contiguous(memory_format=torch.channels_last)
+    arguments = (values, *layer.weight_quantizer.with_exponents(layer.weight), None)
+    monkeypatch.setattr("lowprec.layers.integer_product.GAIN_OF_VNNI", 1)
+    for least, taken in ((16 * 9 // 4, True), (16 * 9 // 4 + 1, False)):
+        monkeypatch.setattr("lowprec.layers.integer_product.LEAST_OF_AN_ELEMENT", least)
+        assert (integer_product(layer, *arguments) is not None) == taken
 
 
 @pytest.mark.slow
