@@ -27,7 +27,13 @@ SET_UP = {
 # What makes long commands short; nothing that they prove depends on it.
 SHORTER = {
     "coverage.py": ["resnet18", "vit_tiny_patch16_224", "--images", "1", "--calibration", "2"],
-    "image_folder": ["data.image_size=64", "data.batch_size=4", "calibration.images=8", "trainer.max_epochs=1"],
+    "image_folder": [
+        "data.image_size=64",
+        "data.batch_size=4",
+        "calibration.images=8",
+        "calibration.reconstruct=false",
+        "trainer.max_epochs=1",
+    ],
     "hparams_search=digits": ["hydra.sweeper.n_trials=2"],
     "hparams_search=w2a8_n64": [
         *("hydra.sweeper.n_trials=1", "data.limit_train=600", "data.limit_test=200"),
