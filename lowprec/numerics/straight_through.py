@@ -116,7 +116,7 @@ def codes_of_multiples(values: Tensor, scale: Tensor, offset: int) -> Tensor:
 
 
 def multiples_of_codes(codes: Tensor, scale: Tensor, offset: int, dtype: torch.dtype) -> Tensor:
-    """(codes + offset) · scale in ``dtype``, which holds each exactly; shape and strides of the int8 ``codes``."""
+    """(codes + offset) · scale in ``dtype``, which holds each exactly; shape and strides of the ``codes``, int8 or uint8."""
     values = torch.empty_like(codes, dtype=dtype)
     if not is_dense(codes):
         return values.copy_(codes).add_(offset).mul_(scale)
