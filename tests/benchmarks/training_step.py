@@ -4,7 +4,8 @@
 
 MODEL is a name of timm's or torchvision's (default: resnet18); weights and images are random. A step is forward pass,
 cross-entropy, backward pass and SGD with momentum; lowprec's scales follow the weights in each. "float kernels" does without the
-integer kernels that a run has by default, "codes kept" is trainer.keep_codes=true. The candidates take turns in
+integer kernels that a run has by default, "codes kept" is trainer.keep_codes=true, "compiled" is trainer.compile=true, which
+takes minutes to compile a model of this size (--only 'lowprec*n4' leaves it out). The candidates take turns in
 one process, so that what else runs on the machine slows all alike; the time is the median over rounds of the ratio to the
 plain step of the same round and precision. Peak memory is that of a process of its own for each (of the device on a GPU).
 Where times are taken, freed memory stays with the process, as in a run of train.py.
@@ -67,6 +68,12 @@ class SavedAsCodes(nn.Module):
         return logits
 
 
+def compiled(model: nn.Module) -> nn.Module:
+    """The model through torch.compile, with its defaults, as a run does it."""
+    result: nn.Module = torch.compile(model)
+    return result
+
+
 def fx_model(start: Start) -> nn.Module:
     """PyTorch's FX graph mode quantization-aware training, with its default configuration for x86."""
     from torch.ao.quantization import get_default_qat_qconfig_mapping
@@ -82,6 +89,8 @@ CANDIDATES: dict[str, Callable[[Start], nn.Module]] = {
     **{f"lowprec {recipe}": partial(prepared, recipe) for recipe in RECIPES},
     "lowprec w2a8_n4, float kernels": partial(prepared, "w2a8_n4", integer_kernels=False),
     "lowprec w2a8_n4, codes kept": lambda start: SavedAsCodes(prepared("w2a8_n4", start)),
+    "plain, compiled": lambda start: compiled(copy.deepcopy(start.model)),
+    "lowprec w2a8_n4, compiled": lambda start: compiled(prepared("w2a8_n4", start, integer_kernels=False)),
     "PyTorch FX": fx_model,
     **{
         candidate.name: (lambda start, quantize=candidate.quantize: quantize(start).model)
