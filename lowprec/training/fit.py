@@ -111,6 +111,8 @@ def fit(
             trainer.fit(module, ResumedData(data, done), ckpt_path=str(last), weights_only=True)
     module.model.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     load_checkpoint(module.model, folder / BEST)
+    # A caller may delete the folder, which it does in one process.
+    processes.meet()
     return checkpoints.best_epoch + 1
 
 

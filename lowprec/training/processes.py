@@ -146,6 +146,12 @@ def on_main(function: Callable[[], T]) -> T:
     return outcome[0]
 
 
+def meet() -> None:
+    """Returns once all processes have come here; before files are taken away that another may still be reading."""
+    if size() > 1:
+        distributed.barrier()
+
+
 def total(*values: float) -> list[float]:
     """The sums of these numbers over all processes, in float64."""
     return _reduced(values, distributed.ReduceOp.SUM)

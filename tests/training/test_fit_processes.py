@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,11 @@ from lowprec.data import DataModule, create_data
 from lowprec.models import create_model
 from lowprec.prepare import prepare
 from lowprec.recipe import Recipe
+from lowprec.training import fit as fit_module
 from lowprec.training import processes
 from lowprec.training.checkpoints import LAST, Interrupted
 from lowprec.training.equality import fingerprints
 from lowprec.training.evaluation import top1
-from lowprec.training.fit import fit
 from lowprec.training.module import Classification
 
 IMAGES = 320
@@ -88,7 +90,7 @@ def train(
     model = network(data, quantized)
     module = InFloat64(model.double(), OptimConfig(learning_rate=0.02, warmup_epochs=0.5))
     settings = {"precision": "32", "accelerator": "cpu", "progress": "none", **settings}
-    fit(
+    fit_module.fit(
         module,
         data,
         folder=folder,
@@ -148,7 +150,7 @@ def test_gradients_of_two_batches_are_those_of_one_of_twice_the_size(tmp_path: P
             precision="32", accelerator="cpu", progress="none", accumulate_grad_batches=batches, channels_last=False
         )
         module = Classification(model, OptimConfig(learning_rate=0.1), channels_last=False)
-        fit(
+        fit_module.fit(
             module,
             data,
             folder=tmp_path / folder,
@@ -208,3 +210,25 @@ def test_two_processes_that_were_stopped_within_an_epoch_end_with_the_same_bits(
         assert result["best"][0] == result["best"][1]
         assert result["last"][0] == result["last"][1]
         assert all(map(torch.equal, *result["optimizer"]))
+
+
+def delete_once_trained(folder: Path) -> str:
+    """As a baseline's training does; the second process is late in reading the best weights."""
+    if processes.rank():
+        read = fit_module.load_checkpoint
+
+        def late(*arguments: Any, **keywords: Any) -> None:
+            time.sleep(3)
+            read(*arguments, **keywords)
+
+        fit_module.load_checkpoint = late
+    module = Classification(network(digits(32), False), OptimConfig(learning_rate=0.02))
+    settings = TrainerConfig(precision="32", accelerator="cpu", progress="none")
+    quiet = Console(quiet=True)
+    fit_module.fit(module, digits(32), folder=folder / "one", max_epochs=1, settings=settings, title="", console=quiet)
+    processes.on_main(lambda: shutil.rmtree(folder / "one"))
+    return "trained"
+
+
+def test_no_process_deletes_what_another_reads(tmp_path: Path) -> None:
+    assert run_in_processes(delete_once_trained, tmp_path, folder=tmp_path) == ["trained", "trained"]
