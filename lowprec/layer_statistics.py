@@ -227,11 +227,16 @@ Record = Callable[[str, nn.Module, Tensor], None]
 def _inputs_of(model: nn.Module, kind: type[nn.Module], record: Record) -> AbstractContextManager[None]:
     """Within it, ``record(name, module, input)`` is called for each call of a module of this kind."""
 
-    def hook_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda module, inputs: record(name, module, inputs[0])
+    def hook_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], keywords: dict[str, Tensor]) -> None:
+            # What a quantizer adds first is a part of its input.
+            addend = keywords.get("addend")
+            record(name, module, inputs[0] if addend is None else inputs[0] + addend)
+
+        return hook
 
     modules = [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
-    return _hooked(module.register_forward_pre_hook(hook_of(name)) for name, module in modules)
+    return _hooked(module.register_forward_pre_hook(hook_of(name), with_kwargs=True) for name, module in modules)
 
 
 def _outputs_of(model: nn.Module, record: Record) -> AbstractContextManager[None]:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from lowprec.run.compose import compose_run
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG_FOLDER = REPOSITORY / "conf"
+# PyTorch for CPUs alone, and for some systems, comes without Triton.
+collect_ignore_glob = [] if find_spec("triton") else ["*/test_triton_*.py"]
 
 
 def compose(*overrides: str) -> RunConfig:

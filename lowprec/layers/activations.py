@@ -13,7 +13,6 @@ from lowprec.numerics.fixed_point import (
     SIGNED_8_BIT,
     UNSIGNED_8_BIT,
     CodeRange,
-    power_of_two,
 )
 from lowprec.numerics.straight_through import straight_through_activation
 
@@ -62,19 +61,22 @@ class ActivationQuantizer(nn.Module):
         self.exponent.fill_(exponent)
         self.calibrated = True
 
-    def forward(self, values: Tensor, activation: str = "", overwrite: bool = False) -> Tensor:
+    def forward(
+        self, values: Tensor, activation: str = "", overwrite: bool = False, *, addend: Tensor | None = None
+    ) -> Tensor:
         """Any shape; values on the grid of 2^e. Gradient: straight through, zero outside the range.
 
-        activation: "", "relu" or "relu6", a function to apply first. overwrite: whether the memory of ``values`` may be used.
+        addend: a tensor of the same shape, to add first. activation: "", "relu" or "relu6", a function to apply next.
+        overwrite: whether the memory of ``values`` may be used.
 
         Raises:
             RuntimeError: no exponent has been chosen yet.
         """
         if not self.quantizing:
-            return activate(values, activation, overwrite)
+            return activate(values if addend is None else values + addend, activation, overwrite or addend is not None)
         if not self.calibrated:
             raise RuntimeError("activation exponents are not chosen yet: call lowprec.calibrate(qmodel, batches) first")
-        return straight_through_activation(values, power_of_two(self.exponent), self.codes, activation, overwrite)
+        return straight_through_activation(values, self.exponent, self.codes, activation, overwrite, addend)
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)

@@ -24,7 +24,7 @@ class QuantizedAdd(nn.Module):
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         """Two tensors of equal shape; their sum on the output's grid."""
-        return self.quantizer(left + right, self.activation, overwrite=True)
+        return self.quantizer(left, self.activation, addend=right)
 
 
 class QuantizedMultiply(nn.Module):

@@ -111,7 +111,7 @@ class QuantizedLayer(nn.Module, ABC):
             return self.unquantized(values, shortcut)
         output = self.normalized(values)
         # No operator, batch norm or sum keeps its result for the backward pass.
-        output = self.quantizer(output if shortcut is None else output + shortcut, self.activation, overwrite=True)
+        output = self.quantizer(output, self.activation, overwrite=True, addend=shortcut)
         return output.flatten(1) if self.flatten else output
 
     def unquantized(self, values: Tensor, shortcut: Tensor | None = None) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lowprec.numerics.clusters import ClusterLayout
 from lowprec.numerics.effective_codes import channel_exponents, effective_codes, mantissas
 from lowprec.numerics.fixed_point import dequantize, exponent_for
+from lowprec.numerics.kernels import runs_triton
 from lowprec.numerics.residual_planes import PlaneScales, descend_two_planes, ordered, solve_two_planes, two_plane_codes
 from lowprec.numerics.solvers import (
     ClusterScales,
@@ -85,7 +86,11 @@ class WeightQuantizer(nn.Module):
     @torch.no_grad()
     def descend(self, weight: Tensor) -> None:
         """Follows ``weight``, which moved a little: one descent step on the squared error."""
-        if self.scheme.bits != 8:
+        if self._fused(weight):
+            from lowprec.numerics.triton_weights import descend
+
+            descend(weight, self.scale, self._threshold, self.layout)
+        elif self.scheme.bits != 8:
             for rows in self._blocks(weight):
                 self._descend(self.layout.split_for_arithmetic(weight.detach()[rows].float()), rows)
 
@@ -121,9 +126,15 @@ class WeightQuantizer(nn.Module):
     def with_exponents(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """What :meth:`forward` gives, and its exponents e [O], int32: c are integers of -128 … 127."""
         with torch.no_grad():
-            quantized = torch.empty_like(weight, dtype=torch.float32)
-            exponents = [self._quantize(weight.detach()[rows], rows, quantized[rows]) for rows in self._blocks(weight)]
-        return straight_through_weight(weight, quantized.to(weight.dtype)), torch.cat(exponents)
+            if self._fused(weight):
+                from lowprec.numerics.triton_weights import quantize_weight
+
+                quantized, exponent = quantize_weight(weight, self.scale, self._threshold, self.layout)
+            else:
+                quantized = torch.empty_like(weight, dtype=torch.float32)
+                blocks = self._blocks(weight)
+                exponent = torch.cat([self._quantize(weight.detach()[rows], rows, quantized[rows]) for rows in blocks])
+        return straight_through_weight(weight, quantized.to(weight.dtype)), exponent
 
     def fold(self, weight: Tensor, gain: Tensor | None, exponent_floor: Tensor | None) -> FoldedWeights:
         """Codes, mantissas and exponents with a gain per output channel [O] folded into the scales.
@@ -147,6 +158,18 @@ class WeightQuantizer(nn.Module):
         codes = self._cluster_codes(self.layout.split(weight.detach().float()), ALL)
         effective = self.layout.merge(effective_codes(codes, mantissa, self.scheme.bits))
         return FoldedWeights(self.layout.merge(codes), mantissa, exponent, effective)
+
+    def _fused(self, weight: Tensor) -> bool:
+        """Whether a kernel of Triton's does it all."""
+        if self.scheme.bits == 8 or self.scheme.planes == 2 or not runs_triton(weight):
+            return False
+        from lowprec.numerics.triton_weights import fits
+
+        return weight.dtype != torch.float64 and fits(self.layout)
+
+    @property
+    def _threshold(self) -> Tensor | None:
+        return self.threshold if self.scheme.bits == 2 else None
 
     def _blocks(self, weight: Tensor) -> list[slice]:
         """Output channels in parts whose temporaries stay in a processor's cache; all at once where that is no gain."""

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from lowprec.numerics.fixed_point import CodeRange, round_to_multiples
+from lowprec.numerics.fixed_point import CodeRange, power_of_two, round_to_multiples
+from lowprec.numerics.kernels import runs_triton
 from lowprec.numerics.memory import holders, holders_of_unshared, in_memory_order, is_dense
 
 # Elements of a block for each thread: several passes over one find it in the processor's cache.
@@ -38,58 +39,73 @@ class StraightThroughWeight(torch.autograd.Function):
 
 
 class StraightThroughActivation(torch.autograd.Function):
-    """Applies an activation function and quantizes to dynamic fixed point.
+    """Adds a second tensor, applies an activation function and quantizes to dynamic fixed point.
 
-    Equation: y = clamp(round_half_even(f(x) / s), low, high) · s with s = 2^exponent; f is the identity, ReLU or ReLU6.
-    Gradient: ∂L/∂x = ∂L/∂y · f'(x) where the unclamped code lies in [low, high], else 0; none for s. Exact in bfloat16 too,
-    whose 8 significant bits hold every 8-bit code; float16, whose exponents do not reach, is computed in float32. Source: arXiv
-    1701.08978, with the gradient of PACT (arXiv 1805.06085). Saved for the backward pass is one bit an element, or less.
+    Equation: y = clamp(round_half_even(f(x + a) / s), low, high) · s with s = 2^exponent; f is the identity, ReLU or ReLU6, and a
+    may be left out. Gradient: ∂L/∂x = ∂L/∂a = ∂L/∂y · f'(x + a) where the unclamped code lies in [low, high], else 0; none for
+    the exponent. Exact in bfloat16 too, whose 8 significant bits hold every 8-bit code; float16, whose exponents do not reach, is
+    computed in float32. Source: arXiv 1701.08978, with the gradient of PACT (arXiv 1805.06085). Saved for the backward pass is
+    one bit an element, or less.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, values: Tensor, scale: Tensor, low: int, high: int, activation: str, overwrite: bool
+        ctx: Any,
+        values: Tensor,
+        addend: Tensor | None,
+        exponent: Tensor,
+        low: int,
+        high: int,
+        activation: str,
+        overwrite: bool,
     ) -> Tensor:
-        ctx.dtype = values.dtype
-        values = values.float() if values.dtype == torch.float16 else values
+        ctx.dtypes = values.dtype, None if addend is None else addend.dtype
+        ctx.fused = runs_triton(values) and values.dtype != torch.float64
+        given = values
+        if addend is not None and not (ctx.fused and values.dtype != torch.float16 and _alike(values, addend)):
+            in_place = overwrite and values.dtype == addend.dtype
+            values, addend = values.add_(addend) if in_place else values + addend, None
+        if values.dtype == torch.float16:
+            values = values.float()
         if not is_dense(values):
-            values, overwrite = values.contiguous(), True
-        elif values.dtype != ctx.dtype:
-            overwrite = True  # the converted values are nobody else's
+            values = values.contiguous()
+        if values is not given:
+            overwrite = True  # what was made of the values is nobody else's
         elif overwrite:
             ctx.mark_dirty(values)
         result = values if overwrite else torch.empty_like(values)
-        limits = _Limits.of(values, scale, low, high, activation)
-        worth = _worth_of_bits(values.device)
-        ctx.size, ctx.strides, ctx.clipped, masks = _block_size(values), values.stride(), [], []
-        for block, to in zip(_blocks(values, ctx.size), _blocks(result, ctx.size), strict=True):
-            clipped = not limits.hold(block)
-            if clipped and ctx.needs_input_grad[0]:
-                # Comparisons that give numbers are vectorized, those that give booleans are not.
-                inside = block.clamp(limits.least, limits.most).eq_(block)
-                places = _places_of_few_zeros(inside) if limits.watched else None
-                masks.append(_packed(inside, worth) if places is None else places)
-            ctx.clipped.append(clipped)
-            round_to_multiples(
-                torch.clamp(block, limits.low, limits.high, out=to) if clipped else block, limits.scale, out=to
-            )
+        ctx.strides = values.stride()
+        needs_mask = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        if ctx.fused:
+            from lowprec.numerics.triton_activations import quantize_activation
+
+            ends = _Ends.of(low, high, values.dtype)
+            mask = quantize_activation(values, addend, exponent, ends, activation, result, needs_mask)
+            masks = [] if mask is None else [mask]
+        else:
+            masks = _quantized_by_operators(ctx, values, exponent, low, high, activation, result, needs_mask)
         ctx.save_for_backward(*masks)
-        ctx.unshared = holders_of_unshared() if masks and isinstance(limits.scale, float) else None
         return result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        if not any(ctx.clipped):
-            return gradient.to(ctx.dtype), None, None, None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if not ctx.saved_tensors:
+            return _of_inputs(ctx, gradient)
         # Memory that is nobody else's is used again.
-        unshared = ctx.unshared is not None and holders(gradient) == ctx.unshared
+        unshared = not ctx.fused and ctx.unshared is not None and holders(gradient) == ctx.unshared
         if gradient.stride() != ctx.strides:
             unshared = True
             gradient = torch.empty_strided(
                 gradient.shape, ctx.strides, dtype=gradient.dtype, device=gradient.device
             ).copy_(gradient)
         passed = gradient if unshared else torch.empty_like(gradient)
+        if ctx.fused:
+            from lowprec.numerics.triton_activations import gradient_within
+
+            (mask,) = ctx.saved_tensors
+            gradient_within(gradient, mask, passed)
+            return _of_inputs(ctx, passed)
         masks = iter(ctx.saved_tensors)
         for to, incoming, clipped in zip(
             _blocks(passed, ctx.size), _blocks(gradient, ctx.size), ctx.clipped, strict=True
@@ -102,7 +118,41 @@ class StraightThroughActivation(torch.autograd.Function):
                 to.copy_(incoming)
             if mask is not None:
                 to.index_fill_(0, mask, 0)
-        return passed.to(ctx.dtype), None, None, None, None, None
+        return _of_inputs(ctx, passed)
+
+
+def _quantized_by_operators(
+    ctx: Any, values: Tensor, exponent: Tensor, low: int, high: int, activation: str, result: Tensor, needs_mask: bool
+) -> list[Tensor]:
+    """Writes ``result``; what has a gradient, block by block. Sets what the backward pass needs to know besides."""
+    limits = _Limits.of(values, power_of_two(exponent), low, high, activation)
+    worth = _worth_of_bits(values.device)
+    ctx.size, ctx.clipped, masks = _block_size(values), [], []
+    for block, to in zip(_blocks(values, ctx.size), _blocks(result, ctx.size), strict=True):
+        clipped = not limits.hold(block)
+        if clipped and needs_mask:
+            # Comparisons that give numbers are vectorized, those that give booleans are not.
+            inside = block.clamp(limits.least, limits.most).eq_(block)
+            places = _places_of_few_zeros(inside) if limits.watched else None
+            masks.append(_packed(inside, worth) if places is None else places)
+        ctx.clipped.append(clipped)
+        round_to_multiples(
+            torch.clamp(block, limits.low, limits.high, out=to) if clipped else block, limits.scale, out=to
+        )
+    ctx.unshared = holders_of_unshared() if masks and isinstance(limits.scale, float) else None
+    return masks
+
+
+def _alike(values: Tensor, addend: Tensor) -> bool:
+    """Whether both are dense, and their elements lie in the same order, in one dtype."""
+    same_order = values.shape == addend.shape and values.stride() == addend.stride()
+    return is_dense(values) and same_order and values.dtype == addend.dtype
+
+
+def _of_inputs(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of all inputs of :class:`StraightThroughActivation`."""
+    of_values, of_addend = (None if dtype is None else gradient.to(dtype) for dtype in ctx.dtypes)
+    return of_values, of_addend, None, None, None, None, None
 
 
 def codes_of_multiples(values: Tensor, scale: Tensor, offset: int) -> Tensor:
@@ -126,6 +176,21 @@ def multiples_of_codes(codes: Tensor, scale: Tensor, offset: int, dtype: torch.d
     return values
 
 
+class _Ends(NamedTuple):
+    """Of the codes, in units of the scale. low, high: the grid's; least, most: what lies outside has no gradient."""
+
+    low: float
+    high: float
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, low: int, high: int, dtype: torch.dtype) -> _Ends:
+        # The spacing of numbers just below 2^n is 2^n · epsilon / 2. Ties go to even numbers: low is even, high is odd.
+        spacing = (high + 1) * torch.finfo(dtype).eps / 2
+        return cls(low, high, low - 0.5, high + 0.5 - spacing if spacing <= 0.5 else high)
+
+
 class _Limits(NamedTuple):
     """Of an activation's values. low, high: the grid's ends; least, most: what lies outside has no gradient.
 
@@ -143,16 +208,12 @@ class _Limits(NamedTuple):
     def of(cls, values: Tensor, scale: Tensor, low: int, high: int, activation: str) -> _Limits:
         numbers = values.device.type == "cpu" and not torch.compiler.is_compiling()
         unit: Any = float(scale) if numbers else scale
-        eps = torch.finfo(values.dtype).eps
-        # The spacing of numbers just below 2^n is 2^n · epsilon / 2. Ties go to even numbers: low is even, high is odd.
-        spacing = (high + 1) * eps / 2
-        most = (high + 0.5 - spacing if spacing <= 0.5 else float(high)) * unit
-        largest = high * unit
+        ends = _Ends.of(low, high, values.dtype)
+        smallest, largest, least, most = (end * unit for end in ends)
         if activation == "relu6":
-            below_six = 6 - 4 * eps
+            below_six = 6 - 4 * torch.finfo(values.dtype).eps
             most = min(most, below_six) if numbers else most.clamp(max=below_six)
             largest = min(largest, 6.0) if numbers else largest.clamp(max=6.0)
-        least, smallest = (low - 0.5) * unit, low * unit
         if activation:
             least, smallest = torch.finfo(values.dtype).smallest_normal, 0.0
             if not numbers:
@@ -174,16 +235,22 @@ def straight_through_weight(weight: Tensor, quantized: Tensor) -> Tensor:
 
 
 def straight_through_activation(
-    values: Tensor, scale: Tensor, codes: CodeRange, activation: str = "", overwrite: bool = False
+    values: Tensor,
+    exponent: Tensor,
+    codes: CodeRange,
+    activation: str = "",
+    overwrite: bool = False,
+    addend: Tensor | None = None,
 ) -> Tensor:
-    """Values on the grid of ``scale``, a power of two, within ``codes``. See :class:`StraightThroughActivation`.
+    """Values on the grid of 2^exponent, within ``codes``. See :class:`StraightThroughActivation`.
 
-    activation: "", "relu" or "relu6", applied first. overwrite: the result may take the memory of ``values``, which nobody else
-    reads, not even the backward pass of what gave them.
+    exponent: an int32. addend: of the shape of ``values``, added first. activation: "", "relu" or "relu6", applied next.
+    overwrite: the result may take the memory of ``values``, which nobody else reads, not even the backward pass of what gave
+    them.
     """
     # What is compiled is fused, and makes up its own mind on memory; views are not worth the trouble.
     overwrite = overwrite and not torch.compiler.is_compiling() and not values._is_view()
-    return StraightThroughActivation.apply(values, scale, codes.low, codes.high, activation, overwrite)
+    return StraightThroughActivation.apply(values, addend, exponent, codes.low, codes.high, activation, overwrite)
 
 
 def _block_size(tensor: Tensor) -> int:

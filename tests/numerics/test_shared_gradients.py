@@ -14,12 +14,12 @@ from lowprec.numerics.fixed_point import SIGNED_8_BIT
 from lowprec.numerics.memory import holders, holders_of_unshared
 from lowprec.numerics.straight_through import straight_through_activation
 
-SCALE = torch.tensor(2.0**-5)
+EXPONENT = torch.tensor(-5, dtype=torch.int32)
 KEPT: list[Tensor] = []
 
 
 def quantized(values: Tensor) -> Tensor:
-    return straight_through_activation(values, SCALE, SIGNED_8_BIT)
+    return straight_through_activation(values, EXPONENT, SIGNED_8_BIT)
 
 
 def keep(gradient: Tensor) -> None:

@@ -10,6 +10,10 @@ from lowprec.numerics.fixed_point import SIGNED_8_BIT, UNSIGNED_8_BIT, CodeRange
 from lowprec.numerics.straight_through import straight_through_activation, straight_through_weight
 
 
+def int32(exponent: int) -> Tensor:
+    return torch.tensor(exponent, dtype=torch.int32)
+
+
 def test_weight_forward_is_the_quantized_one_and_the_gradient_unclipped() -> None:
     weight = torch.tensor([-100.0, -0.1, 0.0, 0.7, 1e6], requires_grad=True)
     quantized = torch.tensor([-1.0, 0.0, 0.0, 1.0, 1.0], requires_grad=True)
@@ -24,10 +28,9 @@ def test_weight_forward_is_the_quantized_one_and_the_gradient_unclipped() -> Non
 @pytest.mark.parametrize("codes", [UNSIGNED_8_BIT, SIGNED_8_BIT])
 @pytest.mark.parametrize("exponent", [-9, 0, 4])
 def test_activation_forward_and_gradient(codes: CodeRange, exponent: int) -> None:
-    scale = torch.tensor(2.0**exponent)
     unscaled = torch.arange(-600, 1200, dtype=torch.float32) / 4  # quarters: ties and both sides of the range
-    values = (unscaled * scale).requires_grad_()
-    result = straight_through_activation(values, scale, codes)
+    values = (unscaled * 2.0**exponent).requires_grad_()
+    result = straight_through_activation(values, int32(exponent), codes)
     expected = [min(max(round(value), codes.low), codes.high) * 2.0**exponent for value in unscaled.tolist()]
     assert result.tolist() == expected
     upstream = torch.arange(1.0, values.numel() + 1)
@@ -39,24 +42,22 @@ def test_activation_forward_and_gradient(codes: CodeRange, exponent: int) -> Non
 @pytest.mark.parametrize("codes", [UNSIGNED_8_BIT, SIGNED_8_BIT])
 @pytest.mark.parametrize("exponent", [-40, -7, 0, 13])
 def test_bfloat16_holds_every_code_exactly(codes: CodeRange, exponent: int) -> None:
-    scale = torch.tensor(2.0**exponent)
-    grid = torch.arange(codes.low, codes.high + 1).float() * scale
-    result = straight_through_activation(grid.bfloat16(), scale, codes)
+    grid = torch.arange(codes.low, codes.high + 1).float() * 2.0**exponent
+    result = straight_through_activation(grid.bfloat16(), int32(exponent), codes)
     assert result.dtype == torch.bfloat16
-    assert torch.equal(result.float(), straight_through_activation(grid, scale, codes))
+    assert torch.equal(result.float(), straight_through_activation(grid, int32(exponent), codes))
     assert torch.equal(result.float(), grid)
 
 
 def test_bfloat16_rounds_as_float32_does() -> None:
     values = torch.randn(10_000, generator=torch.Generator().manual_seed(0)).bfloat16()
-    scale = torch.tensor(2.0**-6)
-    low = straight_through_activation(values, scale, SIGNED_8_BIT)
-    assert torch.equal(low.float(), straight_through_activation(values.float(), scale, SIGNED_8_BIT))
+    low = straight_through_activation(values, int32(-6), SIGNED_8_BIT)
+    assert torch.equal(low.float(), straight_through_activation(values.float(), int32(-6), SIGNED_8_BIT))
 
 
 def test_float16_is_computed_in_float32() -> None:
     values = torch.tensor([0.0, 3.0, 60000.0], dtype=torch.float16, requires_grad=True)
-    result = straight_through_activation(values, torch.tensor(2.0**10), SIGNED_8_BIT)
+    result = straight_through_activation(values, int32(10), SIGNED_8_BIT)
     assert result.tolist() == [0.0, 0.0, 59 * 1024.0]
     result.sum().backward()
     assert values.grad.dtype == torch.float16
@@ -97,13 +98,13 @@ def test_activation_functions_and_blocks(
     wanted, gradient = expected(values, exponent, codes, activation, upstream)
     source = values.clone().requires_grad_()
     own = source * 1.0
-    result = straight_through_activation(own, torch.tensor(2.0**exponent), codes, activation, overwrite)
+    result = straight_through_activation(own, int32(exponent), codes, activation, overwrite)
     assert (result.data_ptr() == own.data_ptr()) == overwrite
     assert torch.equal(result, wanted)
     result.backward(upstream)  # in another memory format than channels-last values
     assert torch.equal(source.grad, gradient)
     with torch.no_grad():
-        again = straight_through_activation(values.clone(), torch.tensor(2.0**exponent), codes, activation, overwrite)
+        again = straight_through_activation(values.clone(), int32(exponent), codes, activation, overwrite)
     assert torch.equal(again, wanted)
 
 
@@ -112,13 +113,36 @@ def test_a_tensor_that_is_not_one_stretch_of_memory_is_left_alone() -> None:
     before = whole.clone()
     for part in (whole[:, 1:4], whole.T):
         wanted, _ = expected(part, -3, SIGNED_8_BIT, "", torch.ones_like(part))
-        assert torch.equal(
-            straight_through_activation(part, torch.tensor(2.0**-3), SIGNED_8_BIT, overwrite=True), wanted
-        )
+        assert torch.equal(straight_through_activation(part, int32(-3), SIGNED_8_BIT, overwrite=True), wanted)
     assert torch.equal(whole, before)
 
 
 def test_no_values_at_all() -> None:
     empty = torch.zeros(0, 3, 4, 4, requires_grad=True)
-    straight_through_activation(empty, torch.tensor(1.0), UNSIGNED_8_BIT, "relu").sum().backward()
+    straight_through_activation(empty, int32(0), UNSIGNED_8_BIT, "relu").sum().backward()
     assert empty.grad.shape == empty.shape
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)]
+)
+def test_an_addend_is_added_before_the_activation_function(
+    dtypes: tuple[torch.dtype, torch.dtype], overwrite: bool
+) -> None:
+    """Result, and both gradients in their own dtypes, are those of a sum before the quantizer; the addend stays as it is."""
+    generator = torch.Generator().manual_seed(0)
+    pair = [torch.randn(3, 5, 4, generator=generator).to(dtype) for dtype in dtypes]
+    upstream = torch.randn(3, 5, 4, generator=generator)
+    found, wanted = ([tensor.clone().requires_grad_() for tensor in pair] for _ in range(2))
+    summed = straight_through_activation(wanted[0] + wanted[1], int32(-5), UNSIGNED_8_BIT, "relu")
+    result = straight_through_activation(found[0] * 1.0, int32(-5), UNSIGNED_8_BIT, "relu", overwrite, addend=found[1])
+    assert torch.equal(result, summed)
+    assert result.dtype == summed.dtype
+    for output in (summed, result):
+        output.backward(upstream.to(output.dtype))
+    for mine, theirs, dtype in zip(found, wanted, dtypes, strict=True):
+        assert mine.grad is not None
+        assert mine.grad.dtype == dtype
+        assert torch.equal(mine.grad, theirs.grad)
+    assert torch.equal(found[1], pair[1])

@@ -1,0 +1,138 @@
+"""Triton kernels of the activation quantizer: one pass over memory each way, equal to what PyTorch's operators give, bit by bit.
+
+Forward reads the values, and those that are added to them, and writes what lies on the grid and one bit an element; backward
+reads the gradient and the bits. What is rounded is computed in float32, which holds every bfloat16; nothing is contracted to
+fused multiply-adds. The exponent is read on the device, so that nothing waits for it and CUDA graphs can replay the kernels.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Elements of a program; eight of bfloat16 are what a thread loads at once.
+BLOCK = 2048
+WARPS = 4
+ACTIVATIONS = {"": 0, "relu": 1, "relu6": 2}
+
+
+def quantize_activation(
+    values: Tensor,
+    addend: Tensor | None,
+    exponent: Tensor,
+    ends: tuple[float, float, float, float],
+    activation: str,
+    out: Tensor,
+    masked: bool,
+) -> Tensor | None:
+    """Writes clamp(round_half_even(f(x + a) / s), low, high) · s to ``out``; the bits of those with a gradient, where asked for.
+
+    values, and addend where there is one: float32 or bfloat16, dense; out: of the same strides and dtype, or ``values``.
+    exponent: of s = 2^exponent, int32. ends: low, high, and in units of s what has a gradient at least and at most.
+    activation: f, a key of ``ACTIVATIONS``.
+    Returns uint8 [⌈elements / 8⌉], the first element in the lowest bit, in the order of memory.
+    """
+    size = values.numel()
+    mask = torch.empty(-(-size // 8) if masked else 0, dtype=torch.uint8, device=values.device)
+    if size:
+        low, high, least, most = ends
+        precision = torch.finfo(values.dtype)
+        with torch.cuda.device_of(values):
+            quantize_kernel[(triton.cdiv(size, BLOCK),)](
+                *(values, values if addend is None else addend, out, mask, exponent, size, low, high, least, most),
+                # In dtype's own spacing: the largest number that ReLU6 passes with a gradient, and the least that ReLU does.
+                *(6 - 4 * precision.eps, precision.smallest_normal),
+                ADDS=addend is not None,
+                ACTIVATION=ACTIVATIONS[activation],
+                MASKED=masked,
+                BLOCK=BLOCK,
+                num_warps=WARPS,
+                enable_fp_fusion=False,
+            )
+    return mask if masked else None
+
+
+def gradient_within(gradient: Tensor, mask: Tensor, out: Tensor) -> None:
+    """Writes ``gradient`` where the bits of ``mask``, from :func:`quantize_activation`, are set, and zeros elsewhere.
+
+    gradient and out: any floating-point dtype, of the strides that the values had.
+    """
+    size = gradient.numel()
+    if size:
+        with torch.cuda.device_of(gradient):
+            gradient_kernel[(triton.cdiv(size, BLOCK),)](gradient, out, mask, size, BLOCK=BLOCK, num_warps=WARPS)
+
+
+@triton.jit
+def quantize_kernel(  # type: ignore[no-untyped-def]
+    values,
+    addend,
+    out,
+    mask,
+    exponent,
+    size,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    LEAST: tl.constexpr,
+    MOST: tl.constexpr,
+    BELOW_SIX: tl.constexpr,
+    TINY: tl.constexpr,
+    ADDS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: BLOCK elements as they lie in memory."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    places = start + tl.arange(0, BLOCK)
+    exists = places < size
+    loaded = tl.load(values + places, mask=exists, other=0.0)
+    x = loaded.to(tl.float32)
+    if ADDS:
+        x += tl.load(addend + places, mask=exists, other=0.0).to(tl.float32)
+        if loaded.dtype == tl.bfloat16:
+            x = _to_bfloat16(x)
+    # 2^exponent, from the bits of a float32.
+    unit = ((tl.load(exponent) + 127) << 23).to(tl.float32, bitcast=True)
+    smallest = LOW * unit
+    largest = HIGH * unit
+    least = LEAST * unit
+    most = MOST * unit
+    if ACTIVATION >= 1:
+        smallest = unit * 0.0
+        least = unit * 0.0 + TINY
+    if ACTIVATION == 2:
+        largest = tl.minimum(largest, 6.0)
+        most = tl.minimum(most, BELOW_SIX)
+    # Comparisons with NaN are false: it stays what it is, without a gradient.
+    clamped = tl.where(x < smallest, smallest, tl.where(x > largest, largest, x))
+    # 1.5 · 2^23 · s: its last place is s, so that adding it rounds, half to even.
+    multiple = 12582912.0 * unit
+    rounded = (clamped + multiple) - multiple
+    tl.store(out + places, rounded.to(loaded.dtype), mask=exists)
+    if MASKED:
+        inside = ((x >= least) & (x <= most)).to(tl.int32)
+        bits = tl.sum(tl.reshape(inside, (BLOCK // 8, 8)) << tl.arange(0, 8)[None, :], axis=1)
+        byte = start // 8 + tl.arange(0, BLOCK // 8)
+        tl.store(mask + byte, bits.to(tl.uint8), mask=byte * 8 < size)
+
+
+@triton.jit
+def _to_bfloat16(x):  # type: ignore[no-untyped-def]
+    """Rounds a float32 as a sum in bfloat16 is, half to even, by its bits: Triton's interpreter would cut them off."""
+    bits = x.to(tl.uint32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
+def gradient_kernel(gradient, out, mask, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One program: BLOCK elements as they lie in memory."""
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    exists = places < size
+    incoming = tl.load(gradient + places, mask=exists, other=0.0)
+    byte = tl.load(mask + places // 8, mask=exists, other=0)
+    inside = (byte.to(tl.int32) >> (places % 8).to(tl.int32)) & 1
+    tl.store(out + places, tl.where(inside == 1, incoming, 0.0), mask=exists)

@@ -1,0 +1,297 @@
+"""Triton kernels of ternary and 4-bit weights in clusters: a descent step of their scales, and their quantized values.
+
+One launch each for a layer, where PyTorch's operators take dozens. Codes, mantissas and exponents are what these give for the
+same scales, bit by bit; a scale that is a mean over a cluster is summed in another order, as on every device.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lowprec.numerics.clusters import ClusterLayout
+from lowprec.numerics.effective_codes import CODE_SHIFT, MANTISSA_LIMIT
+from lowprec.numerics.fixed_point import MAXIMUM_EXPONENT, MINIMUM_EXPONENT
+from lowprec.numerics.solvers import FOUR_BIT_LIMIT
+
+# Weights of a program, several clusters; one cluster of more is a program's own.
+BLOCK = 2048
+# Beyond that many a cluster does not fit a program's registers.
+LARGEST_CLUSTER = 8192
+# Scales of an output channel that are looked at once.
+SCALES = 1024
+# No fused multiply-adds: they round once where PyTorch's operators round twice.
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+
+
+def fits(layout: ClusterLayout) -> bool:
+    """Whether clusters of this size are for the kernels."""
+    return layout.weights_per_cluster <= LARGEST_CLUSTER
+
+
+def descend(weight: Tensor, scale: Tensor, threshold: Tensor | None, layout: ClusterLayout) -> None:
+    """One descent step, in place, of ``scale`` and, of ternary weights, ``threshold``.
+
+    Both are of ``layout.scale_shape``, with equal strides. The step is that of
+    :func:`lowprec.numerics.solvers.descend_ternary`, or without a threshold ``descend_four_bit``.
+    """
+    w_OIP = _with_positions(weight)
+    with torch.cuda.device_of(weight):
+        descend_kernel[_grid(layout)](
+            *(w_OIP, scale, scale if threshold is None else threshold),
+            *(*w_OIP.stride(), *_strides(scale)),
+            **constants_of(layout, threshold),
+            **OPTIONS,
+        )
+
+
+def quantize_weight(
+    weight: Tensor, scale: Tensor, threshold: Tensor | None, layout: ClusterLayout
+) -> tuple[Tensor, Tensor]:
+    """Values c · 2^e of ``weight``, float32, in its shape and strides, and the exponents e [O], int32.
+
+    scale, and of ternary weights threshold: of ``layout.scale_shape``, with equal strides.
+    """
+    w_OIP = _with_positions(weight)
+    quantized = torch.empty_like(w_OIP, dtype=torch.float32)
+    exponent = torch.empty(len(weight), dtype=torch.int32, device=weight.device)
+    with torch.cuda.device_of(weight):
+        quantize_kernel[_grid(layout)](
+            *(w_OIP, scale, scale if threshold is None else threshold, quantized, exponent),
+            *(*w_OIP.stride(), *_strides(scale), *quantized.stride()),
+            **constants_of(layout, threshold),
+            **constants_of_format(layout, threshold),
+            **OPTIONS,
+        )
+    return quantized.view(weight.shape), exponent
+
+
+def _with_positions(weight: Tensor) -> Tensor:
+    """[O, I, *kernel] -> [O, I, P]."""
+    return weight.detach().flatten(2) if weight.dim() > 2 else weight.detach().unsqueeze(2)
+
+
+def _strides(scale: Tensor) -> tuple[int, int, int]:
+    """Of output channels, clusters along the input channels, and positions."""
+    return scale.stride(0), scale.stride(1), scale.stride(3)
+
+
+def _grid(layout: ClusterLayout) -> tuple[int, int]:
+    clusters = layout.clusters // layout.weight_shape[0]
+    return layout.weight_shape[0], triton.cdiv(clusters, _clusters_of_program(layout))
+
+
+def _clusters_of_program(layout: ClusterLayout) -> int:
+    clusters = layout.clusters // layout.weight_shape[0]
+    fitting = max(1, BLOCK // triton.next_power_of_2(layout.weights_per_cluster))
+    return min(fitting, triton.next_power_of_2(clusters))
+
+
+def constants_of(layout: ClusterLayout, threshold: Tensor | None) -> dict[str, int | bool]:
+    """What both kernels are compiled for."""
+    return {
+        "CHANNELS": layout.weight_shape[1],
+        "POSITIONS": layout.positions,
+        "MEMBERS": layout.members,
+        "CLUSTERS": layout.clusters // layout.weight_shape[0],
+        "SHARED": layout.shares_positions,
+        "TERNARY": threshold is not None,
+        "CODE_LIMIT": FOUR_BIT_LIMIT,
+        "CLUSTER_BLOCK": _clusters_of_program(layout),
+        "MEMBER_BLOCK": triton.next_power_of_2(layout.weights_per_cluster),
+    }
+
+
+def constants_of_format(layout: ClusterLayout, threshold: Tensor | None) -> dict[str, int]:
+    """What :func:`quantize_kernel` is compiled for besides."""
+    bits = 4 if threshold is None else 2
+    return {
+        "SHIFT": CODE_SHIFT[bits],
+        "LIMIT": MANTISSA_LIMIT[bits],
+        "LOWEST": MINIMUM_EXPONENT,
+        "HIGHEST": MAXIMUM_EXPONENT,
+        "SCALES": min(SCALES, triton.next_power_of_2(layout.clusters // layout.weight_shape[0])),
+    }
+
+
+@triton.jit
+def _places(  # type: ignore[no-untyped-def]
+    CHANNELS: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    CLUSTERS: tl.constexpr,
+    SHARED: tl.constexpr,
+    CLUSTER_BLOCK: tl.constexpr,
+    MEMBER_BLOCK: tl.constexpr,
+):
+    """The program's clusters [C], and of its weights [C, M] the input channel, the position, and whether they exist."""
+    cluster = tl.program_id(1) * CLUSTER_BLOCK + tl.arange(0, CLUSTER_BLOCK)
+    member = tl.arange(0, MEMBER_BLOCK)[None, :]
+    if SHARED:
+        channel = cluster[:, None] * MEMBERS + member // POSITIONS
+        position = member % POSITIONS + cluster[:, None] * 0
+        exists = (member < MEMBERS * POSITIONS) & (channel < CHANNELS)
+    else:
+        channel = (cluster // POSITIONS)[:, None] * MEMBERS + member
+        position = (cluster % POSITIONS)[:, None] + member * 0
+        exists = (member < MEMBERS) & (channel < CHANNELS)
+    return cluster, channel, position, exists & (cluster < CLUSTERS)[:, None]
+
+
+@triton.jit
+def _places_of_scales(  # type: ignore[no-untyped-def]
+    cluster, scale_o, scale_g, scale_p, POSITIONS: tl.constexpr, SHARED: tl.constexpr
+):
+    """Where the scales of these clusters of the program's output channel lie."""
+    row = tl.program_id(0).to(tl.int64) * scale_o
+    if SHARED:
+        return row + cluster * scale_g
+    return row + (cluster // POSITIONS) * scale_g + (cluster % POSITIONS) * scale_p
+
+
+@triton.jit
+def _rounded(x):  # type: ignore[no-untyped-def]
+    """Half to even, below 2^22: the last place of 1.5 · 2^23 is one."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _power_of_two(exponent):  # type: ignore[no-untyped-def]
+    """Built from the bits of a float32."""
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _four_bit_codes(w, scale, CODE_LIMIT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """clamp(round_half_even(w / s)), 0 where s is: clamped first, which gives the same."""
+    known = scale > 0
+    ratio = tl.where(known, tl.div_rn(w, tl.where(known, scale, 1.0) + w * 0), 0.0)
+    return _rounded(tl.minimum(tl.maximum(ratio, -CODE_LIMIT), CODE_LIMIT))
+
+
+@triton.jit
+def descend_kernel(  # type: ignore[no-untyped-def]
+    weight,
+    scale,
+    threshold,
+    stride_o,
+    stride_i,
+    stride_p,
+    scale_o,
+    scale_g,
+    scale_p,
+    CHANNELS: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    CLUSTERS: tl.constexpr,
+    SHARED: tl.constexpr,
+    TERNARY: tl.constexpr,
+    CODE_LIMIT: tl.constexpr,
+    CLUSTER_BLOCK: tl.constexpr,
+    MEMBER_BLOCK: tl.constexpr,
+):
+    """One program: some clusters of one output channel."""
+    row = tl.program_id(0).to(tl.int64)
+    cluster, channel, position, exists = _places(
+        CHANNELS, POSITIONS, MEMBERS, CLUSTERS, SHARED, CLUSTER_BLOCK, MEMBER_BLOCK
+    )
+    w = tl.load(weight + row * stride_o + channel * stride_i + position * stride_p, mask=exists, other=0.0)
+    w = w.to(tl.float32)
+    magnitude = tl.abs(w)
+    place = _places_of_scales(cluster, scale_o, scale_g, scale_p, POSITIONS, SHARED)
+    old = tl.load(scale + place, mask=cluster < CLUSTERS, other=0.0)
+    if TERNARY:
+        count = tl.maximum(tl.sum(exists.to(tl.float32), axis=1), 1.0)
+        mean = tl.div_rn(tl.sum(magnitude, axis=1), count)
+        half = tl.where(old > 0, old, mean) * 0.5
+        support = ((magnitude >= half[:, None]) & exists).to(tl.float32)
+        size = tl.sum(support, axis=1)
+        of_support = tl.div_rn(tl.sum(support * magnitude, axis=1), tl.maximum(size, 1.0))
+        found = tl.where(size > 0, of_support, mean)
+        reach = tl.where(found > 0, found * 0.5, float("inf"))
+        tl.store(threshold + place, reach, mask=cluster < CLUSTERS)
+    else:
+        codes = _four_bit_codes(w, old[:, None], CODE_LIMIT)
+        power = tl.sum(codes * codes, axis=1)
+        fitted = tl.div_rn(tl.sum(w * codes, axis=1), tl.maximum(power, 1.0))
+        largest = tl.max(magnitude, axis=1)
+        found = tl.where(power > 0, fitted, tl.div_rn(largest, largest * 0 + CODE_LIMIT))
+    tl.store(scale + place, found, mask=cluster < CLUSTERS)
+
+
+@triton.jit
+def quantize_kernel(  # type: ignore[no-untyped-def]
+    weight,
+    scale,
+    threshold,
+    quantized,
+    exponents,
+    stride_o,
+    stride_i,
+    stride_p,
+    scale_o,
+    scale_g,
+    scale_p,
+    to_o,
+    to_i,
+    to_p,
+    CHANNELS: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    CLUSTERS: tl.constexpr,
+    SHARED: tl.constexpr,
+    TERNARY: tl.constexpr,
+    CODE_LIMIT: tl.constexpr,
+    CLUSTER_BLOCK: tl.constexpr,
+    MEMBER_BLOCK: tl.constexpr,
+    SHIFT: tl.constexpr,
+    LIMIT: tl.constexpr,
+    LOWEST: tl.constexpr,
+    HIGHEST: tl.constexpr,
+    SCALES: tl.constexpr,
+):
+    """One program: some clusters of one output channel, whose exponent each of its programs finds for itself."""
+    row = tl.program_id(0).to(tl.int64)
+    largest = tl.zeros((SCALES,), tl.float32)
+    for start in range(0, CLUSTERS, SCALES):
+        some = start + tl.arange(0, SCALES)
+        place = _places_of_scales(some, scale_o, scale_g, scale_p, POSITIONS, SHARED)
+        largest = tl.maximum(largest, tl.abs(tl.load(scale + place, mask=some < CLUSTERS, other=0.0)))
+    exponent = _exponent_for(tl.max(largest, axis=0) * (1 << SHIFT), LIMIT, LOWEST, HIGHEST)
+    if tl.program_id(1) == 0:
+        tl.store(exponents + row, exponent)
+    cluster, channel, position, exists = _places(
+        CHANNELS, POSITIONS, MEMBERS, CLUSTERS, SHARED, CLUSTER_BLOCK, MEMBER_BLOCK
+    )
+    w = tl.load(weight + row * stride_o + channel * stride_i + position * stride_p, mask=exists, other=0.0)
+    w = w.to(tl.float32)
+    place = _places_of_scales(cluster, scale_o, scale_g, scale_p, POSITIONS, SHARED)
+    own = tl.load(scale + place, mask=cluster < CLUSTERS, other=0.0)
+    mantissa = _rounded(own * _power_of_two(SHIFT - exponent))
+    if TERNARY:
+        reach = tl.load(threshold + place, mask=cluster < CLUSTERS, other=0.0)
+        support = tl.abs(w) >= reach[:, None]
+        effective = tl.where(support & (w > 0), 1.0, tl.where(support & (w < 0), -1.0, 0.0)) * mantissa[:, None]
+    else:
+        codes = _four_bit_codes(w, own[:, None], CODE_LIMIT)
+        effective = _rounded(codes * (mantissa * _power_of_two(exponent * 0 - SHIFT))[:, None])
+    value = effective * _power_of_two(exponent)
+    tl.store(quantized + row * to_o + channel * to_i + position * to_p, value, mask=exists)
+
+
+@triton.jit
+def _exponent_for(  # type: ignore[no-untyped-def]
+    largest, LIMIT: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr
+):
+    """:func:`lowprec.numerics.fixed_point.exponent_for` of one float32."""
+    wide = largest.to(tl.float64)
+    exponent = ((wide / LIMIT).to(tl.int64, bitcast=True) >> 52) - 1022
+    exponent = tl.minimum(tl.maximum(exponent, LOWEST), HIGHEST)
+    smaller = tl.maximum(exponent - 1, LOWEST)
+    scaled = wide * ((1023 - smaller) << 52).to(tl.float64, bitcast=True)
+    # The last place of 1.5 · 2^52 is one.
+    fits = (scaled + 6755399441055744.0) - 6755399441055744.0 <= LIMIT
+    exponent = tl.where(fits, smaller, exponent)
+    return tl.where(wide > 0, exponent, LOWEST).to(tl.int32)

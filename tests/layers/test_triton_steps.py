@@ -1,0 +1,56 @@
+"""A training step on the Triton kernels is the one on PyTorch's operators: loss, gradients, scales and batch norms, ``==``."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from networks import images
+from torch import Tensor, nn
+from triton_interpreter import PLACES, operators_only, running
+
+import lowprec
+from lowprec.models import create_model
+
+BATCH = images(1, 4, (1, 12, 12))
+LABELS = torch.arange(4)
+
+
+def prepared(recipe: str) -> nn.Module:
+    """Weights on a grid, so that sums over clusters are exact in whatever order; they have moved since they were solved."""
+    torch.manual_seed(0)
+    model = create_model("cifar_resnet8", in_channels=1, num_classes=4, width=8).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2048).round_().div_(2048)
+    qmodel = lowprec.prepare(model, recipe, BATCH[:2])
+    lowprec.calibrate(qmodel, [BATCH])
+    with torch.no_grad():
+        for parameter in qmodel.parameters():
+            if parameter.dim() > 1:
+                parameter += torch.randint(-99, 99, parameter.shape) / 2048
+    return qmodel.train()
+
+
+def step(qmodel: nn.Module) -> list[Tensor]:
+    """Loss, gradients and buffers."""
+    device = next(qmodel.parameters()).device
+    loss = nn.functional.cross_entropy(qmodel(BATCH.to(device)), LABELS.to(device))
+    loss.backward()
+    gradients = [parameter.grad for parameter in qmodel.parameters()]
+    return [loss.detach(), *[gradient for gradient in gradients if gradient is not None], *qmodel.buffers()]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("recipe", ["w2a8_n4", "w4a8_n4", "w2a8_n64"])
+def test_a_step_is_that_of_operators(recipe: str, memory_format: torch.memory_format, place: str) -> None:
+    qmodel = prepared(recipe).to(memory_format=memory_format)  # type: ignore[call-overload]
+    with running(place) as device:
+        fused, plain = copy.deepcopy(qmodel).to(device), copy.deepcopy(qmodel).to(device)
+        found = step(fused)
+        with operators_only():
+            wanted = step(plain)
+    assert len(found) == len(wanted) > 30
+    assert [place for place, (a, b) in enumerate(zip(found, wanted, strict=True)) if not torch.equal(a, b)] == []

@@ -1,0 +1,94 @@
+"""The Triton kernels compile for NVIDIA's GPUs where there is none: no fused multiply-adds, wide loads and stores."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lowprec.numerics import triton_activations, triton_weights
+from lowprec.numerics.clusters import ClusterLayout
+
+ARCHITECTURES = [80, 90]
+WARP = 32
+CONSTANTS = {
+    "LOW": 0.0,
+    "HIGH": 255.0,
+    "LEAST": -0.5,
+    "MOST": 255.5 - 2.0**-16,
+    "BELOW_SIX": 6.0 - 2.0**-21,
+    "TINY": torch.finfo(torch.float32).smallest_normal,
+    "BLOCK": triton_activations.BLOCK,
+    "MASKED": True,
+    "ADDS": False,
+}
+
+
+def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], architecture: int) -> str:
+    """PTX, as assembled; sizes and addresses are multiples of 16, as they are at run time."""
+    arguments = {name: types.get(name, "constexpr" if name in constants else "i32") for name in kernel.arg_names}
+    aligned = [place for place, (name, kind) in enumerate(arguments.items()) if kind[0] == "*" or name == "size"]
+    source = ASTSource(
+        kernel,
+        signature=arguments,
+        constexprs={name: value for name, value in constants.items() if arguments[name] == "constexpr"},
+        attrs={(place,): [["tt.divisibility", 16]] for place in aligned},
+    )
+    options = {"enable_fp_fusion": False, "num_warps": 4}
+    assembly = triton.compile(source, target=GPUTarget("cuda", architecture, WARP), options=options).asm
+    assert assembly["cubin"]
+    return str(assembly["ptx"])
+
+
+def instructions(ptx: str, pattern: str) -> int:
+    return len(re.findall(pattern, ptx))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("activation", triton_activations.ACTIVATIONS)
+@pytest.mark.parametrize(("dtype", "loads"), [("bf16", 2), ("fp32", 4)])
+def test_an_activation_is_read_and_written_in_whole_vectors(
+    dtype: str, loads: int, activation: str, architecture: int
+) -> None:
+    """16 elements a thread: 16 bytes at once."""
+    types = {"values": f"*{dtype}", "addend": f"*{dtype}", "out": f"*{dtype}", "mask": "*u8", "exponent": "*i32"}
+    constants = {**CONSTANTS, "ACTIVATION": triton_activations.ACTIVATIONS[activation]}
+    ptx = compiled(triton_activations.quantize_kernel, types, constants, architecture)
+    assert instructions(ptx, r"ld\.global\.v4\.b32") == loads
+    assert instructions(ptx, r"st\.global\.v4\.b32") == loads
+    assert instructions(ptx, r"fma\.") == 0
+    assert instructions(ptx, r"add(\.rn)?\.f32") > 0
+    ptx = compiled(triton_activations.quantize_kernel, types, {**constants, "ADDS": True}, architecture)
+    assert instructions(ptx, r"ld\.global\.v4\.b32") == 2 * loads
+
+    types = {"gradient": f"*{dtype}", "out": f"*{dtype}", "mask": "*u8"}
+    ptx = compiled(triton_activations.gradient_kernel, types, {"BLOCK": triton_activations.BLOCK}, architecture)
+    assert instructions(ptx, r"ld\.global\.v4\.b32") == loads
+    assert instructions(ptx, r"st\.global\.v4\.b32") == loads
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("kind", ["kernel", "element"])
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize(("shape", "cluster_size"), [((64, 64, 3, 3), 4), ((512, 2048, 1, 1), 64), ((8, 4608), 4608)])
+def test_kernels_of_weights_divide_and_add_exactly(
+    shape: tuple[int, ...], cluster_size: int, bits: int, kind: str, architecture: int
+) -> None:
+    layout = ClusterLayout(shape, cluster_size, kind)
+    threshold = torch.zeros(layout.scale_shape) if bits == 2 else None
+    constants = triton_weights.constants_of(layout, threshold)
+    types = dict.fromkeys(("weight", "scale", "threshold"), "*fp32")
+    ptx = compiled(triton_weights.descend_kernel, types, constants, architecture)
+    assert instructions(ptx, r"div\.rn\.f32") > 0
+    assert instructions(ptx, r"div\.(full|approx)\.") + instructions(ptx, r"fma\.") == 0
+
+    types |= {"quantized": "*fp32", "exponents": "*i32"}
+    constants |= triton_weights.constants_of_format(layout, threshold)
+    ptx = compiled(triton_weights.quantize_kernel, types, constants, architecture)
+    assert instructions(ptx, r"div\.(full|approx)\.") + instructions(ptx, r"fma\.") == 0
+    assert instructions(ptx, r"div\.rn\.f64") == 1

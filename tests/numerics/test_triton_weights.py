@@ -1,0 +1,103 @@
+"""The Triton kernels of clustered weights give what PyTorch's operators give: scales, exponents and values, ``==``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from triton_interpreter import PLACES, operators_only, running
+
+from lowprec.layers.weights import WeightQuantizer
+from lowprec.numerics import triton_weights
+from lowprec.numerics.clusters import ClusterLayout
+from lowprec.recipe import WeightScheme
+
+SHAPES = [(6, 16, 3, 3), (5, 7, 3, 3), (4, 64, 1, 1), (8, 130), (12, 1, 5, 5), (3, 20, 1, 3), (2, 300, 3, 3)]
+
+
+@pytest.fixture(params=PLACES, scope="module")
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where the kernels run."""
+    with running(request.param) as device:
+        yield device
+
+
+def moved_by_operators(
+    quantizer: WeightQuantizer, weight: Tensor, moved: Tensor
+) -> tuple[WeightQuantizer, Tensor, Tensor]:
+    """The quantizer after one step, and the values and exponents it then gives."""
+    with operators_only():
+        quantizer.solve(weight, "layer")
+        quantizer.descend(moved)
+        return (quantizer, *quantizer.with_exponents(moved))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("layout", ["kernel", "element"])
+@pytest.mark.parametrize("cluster_size", [1, 4, 64, 1000])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_step_and_its_values_are_those_of_operators(
+    shape: tuple[int, ...],
+    cluster_size: int,
+    layout: str,
+    bits: int,
+    memory_format: torch.memory_format,
+    device: str,
+) -> None:
+    """Weights on a grid, whose sums are exact in whatever order; among them clusters of zeros."""
+    if memory_format == torch.channels_last and len(shape) < 4:
+        pytest.skip("a matrix has no channels that could be last")
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-2000, 2000, shape, generator=generator) / 2048
+    weight *= torch.rand(shape, generator=generator) < 0.9
+    weight[0] = 0
+    weight = weight.contiguous(memory_format=memory_format)
+    moved = weight + torch.randint(-200, 200, shape, generator=generator) / 2048 * (weight != 0)
+    scheme = WeightScheme(bits=bits, cluster_size=cluster_size, layout=layout)
+    reference, values, exponents = moved_by_operators(WeightQuantizer(shape, scheme), weight, moved)
+
+    quantizer = WeightQuantizer(shape, scheme)
+    quantizer.solve(weight, "layer")
+    # A module that is laid out channels_last takes its scales along.
+    quantizer.to(device, memory_format=memory_format if len(shape) == 4 else torch.preserve_format)
+    quantizer.descend(moved.to(device))
+    for (name, buffer), expected in zip(quantizer.named_buffers(), reference.buffers(), strict=True):
+        assert torch.equal(buffer.cpu(), expected), name
+    found, found_exponents = quantizer.with_exponents(moved.to(device))
+    assert found.stride() == values.stride()
+    assert torch.equal(found.cpu(), values)
+    assert torch.equal(found_exponents.cpu(), exponents)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_gaussian_weights_differ_in_no_more_than_the_last_place_of_a_mean(bits: int, device: str) -> None:
+    weight = torch.randn(16, 64, 3, 3, generator=torch.Generator().manual_seed(0))
+    scheme = WeightScheme(bits=bits, cluster_size=64)
+    reference, values, exponents = moved_by_operators(WeightQuantizer(tuple(weight.shape), scheme), weight, weight)
+    quantizer = WeightQuantizer(tuple(weight.shape), scheme)
+    quantizer.solve(weight, "layer")
+    quantizer.to(device).descend(weight.to(device))
+    # 576 weights are added up: a relative error of 576 roundings at the very most.
+    torch.testing.assert_close(quantizer.scale.cpu(), reference.scale, rtol=576 * 2.0**-24, atol=0)
+    # The values themselves, of equal scales, are equal.
+    quantizer.load_state_dict(reference.state_dict())
+    found, found_exponents = quantizer.with_exponents(weight.to(device))
+    assert torch.equal(found.cpu(), values)
+    assert torch.equal(found_exponents.cpu(), exponents)
+
+
+def test_what_the_kernels_do_not_take_goes_to_operators(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """8-bit weights, two planes, and clusters that no program holds."""
+    assert triton_weights.fits(ClusterLayout((4, 910, 3, 3), 910))
+    assert not triton_weights.fits(ClusterLayout((4, 911, 3, 3), 911))
+    for kernel in ("descend", "quantize_weight"):
+        monkeypatch.delattr(triton_weights, kernel)
+    weight = torch.randn(4, 911, 3, 3, generator=torch.Generator().manual_seed(0), device="cpu")
+    for scheme in (WeightScheme(bits=8), WeightScheme(planes=2), WeightScheme(cluster_size=911)):
+        quantizer = WeightQuantizer(tuple(weight.shape), scheme)
+        quantizer.solve(weight, "layer")
+        quantizer.to(device).descend(weight.to(device))
+        assert quantizer.with_exponents(weight.to(device))[0].shape == weight.shape
