@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from lowprec.numerics.clusters import ClusterLayout
 from lowprec.numerics.effective_codes import channel_exponents, effective_codes, mantissas
 from lowprec.numerics.fixed_point import dequantize, exponent_for
-from lowprec.numerics.kernels import runs_triton
 from lowprec.numerics.residual_planes import PlaneScales, descend_two_planes, ordered, solve_two_planes, two_plane_codes
 from lowprec.numerics.solvers import (
     ClusterScales,
@@ -25,6 +24,7 @@ from lowprec.numerics.solvers import (
     ternary_codes,
 )
 from lowprec.numerics.straight_through import BLOCK, straight_through_weight
+from lowprec.numerics.triton_kernels import runs_triton
 from lowprec.recipe import WeightScheme
 
 # |bias| stays below 2^22 units, far from the 2^24 up to which float32 holds every integer.

@@ -1,14 +1,12 @@
-"""Which kernels there are: Triton's on GPUs; what this process's oneDNN kernels compute exactly, found out by running them.
+"""What this process's oneDNN kernels compute exactly, found out by running them: flags of the CPU tell less.
 
-Flags of the CPU tell less.
 ``ONEDNN_MAX_CPU_ISA`` limits oneDNN but not ``torch.cpu``'s flags, and without VNNI instructions (AVX2, plain AVX-512) the
 kernels add pairs of u8×s8 products in saturating 16 bits: exact while |c| ≤ 64, wrong integers for full-range weights.
 """
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
-from importlib.util import find_spec
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -22,16 +20,6 @@ SHAPES = {
     "grouped": ((32, 32, 2, 3), (24, 36, 2, 3), (128, 128, 4, 3)),
     "depthwise": ((32, 32, 32, 3), (24, 24, 24, 5), (7, 7, 7, 3)),
 }
-
-
-def runs_triton(tensor: Tensor) -> bool:
-    """Whether our own Triton kernels take ``tensor``: on a GPU, where nothing is being compiled, which fuses by itself."""
-    return tensor.is_cuda and not torch.compiler.is_compiling() and _has_triton()
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 @lru_cache(maxsize=64)

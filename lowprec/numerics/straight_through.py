@@ -11,8 +11,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from lowprec.numerics.fixed_point import CodeRange, power_of_two, round_to_multiples
-from lowprec.numerics.kernels import runs_triton
 from lowprec.numerics.memory import holders, holders_of_unshared, in_memory_order, is_dense
+from lowprec.numerics.triton_kernels import runs_triton
 
 # Elements of a block for each thread: several passes over one find it in the processor's cache.
 BLOCK = 1 << 19
@@ -79,7 +79,7 @@ class StraightThroughActivation(torch.autograd.Function):
         if ctx.fused:
             from lowprec.numerics.triton_activations import quantize_activation
 
-            ends = _Ends.of(low, high, values.dtype)
+            ends = Ends.of(low, high, values.dtype)
             mask = quantize_activation(values, addend, exponent, ends, activation, result, needs_mask)
             masks = [] if mask is None else [mask]
         else:
@@ -176,7 +176,7 @@ def multiples_of_codes(codes: Tensor, scale: Tensor, offset: int, dtype: torch.d
     return values
 
 
-class _Ends(NamedTuple):
+class Ends(NamedTuple):
     """Of the codes, in units of the scale. low, high: the grid's; least, most: what lies outside has no gradient."""
 
     low: float
@@ -185,7 +185,7 @@ class _Ends(NamedTuple):
     most: float
 
     @classmethod
-    def of(cls, low: int, high: int, dtype: torch.dtype) -> _Ends:
+    def of(cls, low: int, high: int, dtype: torch.dtype) -> Ends:
         # The spacing of numbers just below 2^n is 2^n · epsilon / 2. Ties go to even numbers: low is even, high is odd.
         spacing = (high + 1) * torch.finfo(dtype).eps / 2
         return cls(low, high, low - 0.5, high + 0.5 - spacing if spacing <= 0.5 else high)
@@ -208,7 +208,7 @@ class _Limits(NamedTuple):
     def of(cls, values: Tensor, scale: Tensor, low: int, high: int, activation: str) -> _Limits:
         numbers = values.device.type == "cpu" and not torch.compiler.is_compiling()
         unit: Any = float(scale) if numbers else scale
-        ends = _Ends.of(low, high, values.dtype)
+        ends = Ends.of(low, high, values.dtype)
         smallest, largest, least, most = (end * unit for end in ends)
         if activation == "relu6":
             below_six = 6 - 4 * torch.finfo(values.dtype).eps

@@ -21,7 +21,7 @@ BLOCK = 2048
 # Beyond that many a cluster does not fit a program's registers.
 LARGEST_CLUSTER = 8192
 # Scales of an output channel that are looked at once.
-SCALES = 1024
+SCALES = 512
 # No fused multiply-adds: they round once where PyTorch's operators round twice.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
@@ -41,7 +41,7 @@ def descend(weight: Tensor, scale: Tensor, threshold: Tensor | None, layout: Clu
     with torch.cuda.device_of(weight):
         descend_kernel[_grid(layout)](
             *(w_OIP, scale, scale if threshold is None else threshold),
-            *(*w_OIP.stride(), *_strides(scale)),
+            *(*w_OIP.stride(), *_strides(scale), *_sizes(layout)),
             **constants_of(layout, threshold),
             **OPTIONS,
         )
@@ -60,9 +60,9 @@ def quantize_weight(
     with torch.cuda.device_of(weight):
         quantize_kernel[_grid(layout)](
             *(w_OIP, scale, scale if threshold is None else threshold, quantized, exponent),
-            *(*w_OIP.stride(), *_strides(scale), *quantized.stride()),
+            *(*w_OIP.stride(), *_strides(scale), *_sizes(layout), *quantized.stride()),
             **constants_of(layout, threshold),
-            **constants_of_format(layout, threshold),
+            **constants_of_format(threshold),
             **OPTIONS,
         )
     return quantized.view(weight.shape), exponent
@@ -84,18 +84,19 @@ def _grid(layout: ClusterLayout) -> tuple[int, int]:
 
 
 def _clusters_of_program(layout: ClusterLayout) -> int:
-    clusters = layout.clusters // layout.weight_shape[0]
-    fitting = max(1, BLOCK // triton.next_power_of_2(layout.weights_per_cluster))
-    return min(fitting, triton.next_power_of_2(clusters))
+    return max(1, BLOCK // triton.next_power_of_2(layout.weights_per_cluster))
+
+
+def _sizes(layout: ClusterLayout) -> tuple[int, int]:
+    """Input channels, and clusters of an output channel: layers that differ in these alone share a compiled kernel."""
+    return layout.weight_shape[1], layout.clusters // layout.weight_shape[0]
 
 
 def constants_of(layout: ClusterLayout, threshold: Tensor | None) -> dict[str, int | bool]:
     """What both kernels are compiled for."""
     return {
-        "CHANNELS": layout.weight_shape[1],
         "POSITIONS": layout.positions,
         "MEMBERS": layout.members,
-        "CLUSTERS": layout.clusters // layout.weight_shape[0],
         "SHARED": layout.shares_positions,
         "TERNARY": threshold is not None,
         "CODE_LIMIT": FOUR_BIT_LIMIT,
@@ -104,7 +105,7 @@ def constants_of(layout: ClusterLayout, threshold: Tensor | None) -> dict[str, i
     }
 
 
-def constants_of_format(layout: ClusterLayout, threshold: Tensor | None) -> dict[str, int]:
+def constants_of_format(threshold: Tensor | None) -> dict[str, int]:
     """What :func:`quantize_kernel` is compiled for besides."""
     bits = 4 if threshold is None else 2
     return {
@@ -112,16 +113,16 @@ def constants_of_format(layout: ClusterLayout, threshold: Tensor | None) -> dict
         "LIMIT": MANTISSA_LIMIT[bits],
         "LOWEST": MINIMUM_EXPONENT,
         "HIGHEST": MAXIMUM_EXPONENT,
-        "SCALES": min(SCALES, triton.next_power_of_2(layout.clusters // layout.weight_shape[0])),
+        "SCALES": SCALES,
     }
 
 
 @triton.jit
 def _places(  # type: ignore[no-untyped-def]
-    CHANNELS: tl.constexpr,
+    channels,
+    clusters,
     POSITIONS: tl.constexpr,
     MEMBERS: tl.constexpr,
-    CLUSTERS: tl.constexpr,
     SHARED: tl.constexpr,
     CLUSTER_BLOCK: tl.constexpr,
     MEMBER_BLOCK: tl.constexpr,
@@ -132,12 +133,12 @@ def _places(  # type: ignore[no-untyped-def]
     if SHARED:
         channel = cluster[:, None] * MEMBERS + member // POSITIONS
         position = member % POSITIONS + cluster[:, None] * 0
-        exists = (member < MEMBERS * POSITIONS) & (channel < CHANNELS)
+        exists = (member < MEMBERS * POSITIONS) & (channel < channels)
     else:
         channel = (cluster // POSITIONS)[:, None] * MEMBERS + member
         position = (cluster % POSITIONS)[:, None] + member * 0
-        exists = (member < MEMBERS) & (channel < CHANNELS)
-    return cluster, channel, position, exists & (cluster < CLUSTERS)[:, None]
+        exists = (member < MEMBERS) & (channel < channels)
+    return cluster, channel, position, exists & (cluster < clusters)[:, None]
 
 
 @triton.jit
@@ -182,10 +183,10 @@ def descend_kernel(  # type: ignore[no-untyped-def]
     scale_o,
     scale_g,
     scale_p,
-    CHANNELS: tl.constexpr,
+    channels,
+    clusters,
     POSITIONS: tl.constexpr,
     MEMBERS: tl.constexpr,
-    CLUSTERS: tl.constexpr,
     SHARED: tl.constexpr,
     TERNARY: tl.constexpr,
     CODE_LIMIT: tl.constexpr,
@@ -195,13 +196,13 @@ def descend_kernel(  # type: ignore[no-untyped-def]
     """One program: some clusters of one output channel."""
     row = tl.program_id(0).to(tl.int64)
     cluster, channel, position, exists = _places(
-        CHANNELS, POSITIONS, MEMBERS, CLUSTERS, SHARED, CLUSTER_BLOCK, MEMBER_BLOCK
+        channels, clusters, POSITIONS, MEMBERS, SHARED, CLUSTER_BLOCK, MEMBER_BLOCK
     )
     w = tl.load(weight + row * stride_o + channel * stride_i + position * stride_p, mask=exists, other=0.0)
     w = w.to(tl.float32)
     magnitude = tl.abs(w)
     place = _places_of_scales(cluster, scale_o, scale_g, scale_p, POSITIONS, SHARED)
-    old = tl.load(scale + place, mask=cluster < CLUSTERS, other=0.0)
+    old = tl.load(scale + place, mask=cluster < clusters, other=0.0)
     if TERNARY:
         count = tl.maximum(tl.sum(exists.to(tl.float32), axis=1), 1.0)
         mean = tl.div_rn(tl.sum(magnitude, axis=1), count)
@@ -211,14 +212,14 @@ def descend_kernel(  # type: ignore[no-untyped-def]
         of_support = tl.div_rn(tl.sum(support * magnitude, axis=1), tl.maximum(size, 1.0))
         found = tl.where(size > 0, of_support, mean)
         reach = tl.where(found > 0, found * 0.5, float("inf"))
-        tl.store(threshold + place, reach, mask=cluster < CLUSTERS)
+        tl.store(threshold + place, reach, mask=cluster < clusters)
     else:
         codes = _four_bit_codes(w, old[:, None], CODE_LIMIT)
         power = tl.sum(codes * codes, axis=1)
         fitted = tl.div_rn(tl.sum(w * codes, axis=1), tl.maximum(power, 1.0))
         largest = tl.max(magnitude, axis=1)
         found = tl.where(power > 0, fitted, tl.div_rn(largest, largest * 0 + CODE_LIMIT))
-    tl.store(scale + place, found, mask=cluster < CLUSTERS)
+    tl.store(scale + place, found, mask=cluster < clusters)
 
 
 @triton.jit
@@ -234,13 +235,13 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
     scale_o,
     scale_g,
     scale_p,
+    channels,
+    clusters,
     to_o,
     to_i,
     to_p,
-    CHANNELS: tl.constexpr,
     POSITIONS: tl.constexpr,
     MEMBERS: tl.constexpr,
-    CLUSTERS: tl.constexpr,
     SHARED: tl.constexpr,
     TERNARY: tl.constexpr,
     CODE_LIMIT: tl.constexpr,
@@ -255,23 +256,23 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
     """One program: some clusters of one output channel, whose exponent each of its programs finds for itself."""
     row = tl.program_id(0).to(tl.int64)
     largest = tl.zeros((SCALES,), tl.float32)
-    for start in range(0, CLUSTERS, SCALES):
+    for start in range(0, clusters, SCALES):
         some = start + tl.arange(0, SCALES)
         place = _places_of_scales(some, scale_o, scale_g, scale_p, POSITIONS, SHARED)
-        largest = tl.maximum(largest, tl.abs(tl.load(scale + place, mask=some < CLUSTERS, other=0.0)))
+        largest = tl.maximum(largest, tl.abs(tl.load(scale + place, mask=some < clusters, other=0.0)))
     exponent = _exponent_for(tl.max(largest, axis=0) * (1 << SHIFT), LIMIT, LOWEST, HIGHEST)
     if tl.program_id(1) == 0:
         tl.store(exponents + row, exponent)
     cluster, channel, position, exists = _places(
-        CHANNELS, POSITIONS, MEMBERS, CLUSTERS, SHARED, CLUSTER_BLOCK, MEMBER_BLOCK
+        channels, clusters, POSITIONS, MEMBERS, SHARED, CLUSTER_BLOCK, MEMBER_BLOCK
     )
     w = tl.load(weight + row * stride_o + channel * stride_i + position * stride_p, mask=exists, other=0.0)
     w = w.to(tl.float32)
     place = _places_of_scales(cluster, scale_o, scale_g, scale_p, POSITIONS, SHARED)
-    own = tl.load(scale + place, mask=cluster < CLUSTERS, other=0.0)
+    own = tl.load(scale + place, mask=cluster < clusters, other=0.0)
     mantissa = _rounded(own * _power_of_two(SHIFT - exponent))
     if TERNARY:
-        reach = tl.load(threshold + place, mask=cluster < CLUSTERS, other=0.0)
+        reach = tl.load(threshold + place, mask=cluster < clusters, other=0.0)
         support = tl.abs(w) >= reach[:, None]
         effective = tl.where(support & (w > 0), 1.0, tl.where(support & (w < 0), -1.0, 0.0)) * mantissa[:, None]
     else:

@@ -88,7 +88,7 @@ def test_kernels_of_weights_divide_and_add_exactly(
     assert instructions(ptx, r"div\.(full|approx)\.") + instructions(ptx, r"fma\.") == 0
 
     types |= {"quantized": "*fp32", "exponents": "*i32"}
-    constants |= triton_weights.constants_of_format(layout, threshold)
+    constants |= triton_weights.constants_of_format(threshold)
     ptx = compiled(triton_weights.quantize_kernel, types, constants, architecture)
     assert instructions(ptx, r"div\.(full|approx)\.") + instructions(ptx, r"fma\.") == 0
     assert instructions(ptx, r"div\.rn\.f64") == 1
