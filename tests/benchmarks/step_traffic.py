@@ -51,18 +51,23 @@ class Traffic:
         self.bytes += sum(tensor.nbytes for tensor in tensors)
 
 
-class _Counter(TorchDispatchMode):
+class Counter(TorchDispatchMode):
+    """Within it, operators are counted."""
+
     def __init__(self, traffic: Traffic) -> None:
         super().__init__()
         self.traffic = traffic
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         result = function(*arguments, **(keywords or {}))
-        read = [leaf for leaf in tree_leaves((arguments, keywords)) if isinstance(leaf, Tensor)]
+        name = function.overloadpacket.__name__
+        # What is copied to is written alone; what else is changed in place is read as well.
+        given = arguments[1:] if name == "copy_" else arguments
+        read = [leaf for leaf in tree_leaves((given, keywords)) if isinstance(leaf, Tensor)]
         written = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         memory = {tensor.untyped_storage()._cdata for tensor in read}
         is_view = not function._schema.is_mutable and any(t.untyped_storage()._cdata in memory for t in written)
-        if written and not is_view and function.overloadpacket.__name__ not in NOTHING:
+        if written and not is_view and name not in NOTHING:
             self.traffic.add(*read, *written)
         return result
 
@@ -113,7 +118,7 @@ def step_traffic(model: nn.Module, images: Tensor, kernels: bool) -> Traffic:
         for _ in range(2):
             traffic = Traffic()
             model.train().zero_grad()
-            with counted_kernels(traffic) if kernels else nullcontext(), _Counter(traffic):
+            with counted_kernels(traffic) if kernels else nullcontext(), Counter(traffic):
                 nn.functional.cross_entropy(model(images), labels).backward()
     return traffic
 

@@ -1,0 +1,87 @@
+"""The count of launches and bytes: against one made by hand, and a guard for the kernels of a GPU's training step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from step_traffic import Counter, Traffic, counted_kernels, main, step_traffic, without_data
+
+import lowprec
+from lowprec.layers.weights import WeightQuantizer
+from lowprec.models import create_model
+from lowprec.numerics.fixed_point import UNSIGNED_8_BIT
+from lowprec.numerics.straight_through import StraightThroughActivation, straight_through_activation
+from lowprec.recipe import WeightScheme
+
+# Elements.
+VALUES, WEIGHTS, OUTPUTS = 16 * 8 * 5 * 5, 4 * 8 * 9, 4
+
+
+def test_operators_by_hand() -> None:
+    """A launch reads its operands and writes its results; views launch nothing."""
+    values = torch.zeros(16, 8, 5, 5, dtype=torch.bfloat16, device="meta")
+    counted = Traffic()
+    with Counter(counted):
+        flat = values.flatten(1).T  # nothing
+        sums = flat + flat  # two operands, a result
+        sums.mul_(2.0)  # in place: read and written
+        torch.empty_like(values).copy_(values)
+    assert counted == Traffic(launches=3, bytes=2 * VALUES * (3 + 2 + 2))
+
+
+@pytest.mark.parametrize("adds", [False, True])
+def test_an_activation_by_hand(adds: bool) -> None:
+    values = torch.zeros(16, 8, 5, 5, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    exponent = torch.zeros((), dtype=torch.int32, device="meta")
+    counted = Traffic()
+    with counted_kernels(counted), Counter(counted):
+        addend = torch.empty_like(values) if adds else None
+        result = straight_through_activation(values, exponent, UNSIGNED_8_BIT, "relu", addend=addend)
+        assert counted == Traffic(launches=1, bytes=2 * VALUES * (3 if adds else 2) + VALUES // 8 + 4)
+        StraightThroughActivation.backward(result.grad_fn, torch.empty_like(result))
+    assert counted.launches == 2
+    assert counted.bytes == 2 * VALUES * (5 if adds else 4) + 2 * (VALUES // 8) + 4
+
+
+@pytest.mark.parametrize(("bits", "of_a_cluster"), [(2, 8), (4, 4)])
+def test_a_weight_by_hand(bits: int, of_a_cluster: int) -> None:
+    weight = torch.zeros(4, 8, 3, 3, device="meta")
+    quantizer = WeightQuantizer((4, 8, 3, 3), WeightScheme(bits=bits, cluster_size=4)).to("meta")
+    clusters = OUTPUTS * 2
+    counted = Traffic()
+    with counted_kernels(counted), Counter(counted):
+        quantizer.descend(weight)
+        # A scale is read and written, a threshold written.
+        assert counted == Traffic(launches=1, bytes=4 * WEIGHTS + clusters * (of_a_cluster + 4))
+        quantizer.with_exponents(weight)
+    assert counted.launches == 2
+    assert counted.bytes == 4 * WEIGHTS * 3 + clusters * (2 * of_a_cluster + 4) + 4 * OUTPUTS
+
+
+@pytest.mark.parametrize(
+    ("name", "launches", "moved"), [("resnet18", 2.05, 1.06), ("mobilenetv2_100", 1.7, 0.92), ("resnet50", 1.75, 1.09)]
+)
+def test_kernels_move_hardly_more_than_a_plain_step(name: str, launches: float, moved: float) -> None:
+    """Limits lie a few percent above what was counted."""
+    batch = torch.zeros(64, 3, 224, 224, dtype=torch.bfloat16, device="meta")
+    traffic: dict[str, Traffic] = {}
+    for kind in ("plain", "kernels"):
+        model = create_model(name).eval()
+        if kind == "kernels":
+            model = lowprec.prepare(model, "w2a8_n4", torch.zeros(2, 3, 64, 64))
+        traffic[kind] = step_traffic(without_data(model), batch, kernels=kind == "kernels")
+    assert traffic["kernels"].launches / traffic["plain"].launches < launches
+    assert traffic["kernels"].bytes / traffic["plain"].bytes < moved
+
+
+def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["resnet18", "--batch", "8", "--side", "64", "--recipe", "w4a8_n4"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "resnet18, 8 images of 64, bfloat16: launches and bytes to plain"
+    assert [line[:30].strip() for line in lines[1:4]] == [
+        "plain",
+        "lowprec w4a8_n4, operators",
+        "lowprec w4a8_n4, kernels",
+    ]
+    bytes_to_plain = [float(line.split("x")[1].split()[-1]) for line in lines[1:4]]
+    assert bytes_to_plain[1] > 2 * bytes_to_plain[2] > 2 * bytes_to_plain[0] - 0.2
