@@ -1,8 +1,10 @@
 # lowprec with Debian's Fashion-MNIST: `docker run IMAGE` does the default run, `docker run IMAGE python train.py ...` another.
 FROM debian:bookworm-slim
 
+# gcc, libc6-dev and python3-dev: Triton builds the GPU's kernels with them.
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends ca-certificates dataset-fashion-mnist python3 python3-venv \
+    && apt-get install -y --no-install-recommends \
+        ca-certificates dataset-fashion-mnist gcc libc6-dev python3 python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home lowprec \
     && install -d -o lowprec -g lowprec /app

@@ -134,9 +134,10 @@ def test_an_impossible_value_is_named(override: str) -> None:
     assert value.strip("'[]") in message
 
 
-def test_codes_are_not_kept_by_a_compiled_training() -> None:
-    message = mistake("trainer.keep_codes=true", "trainer.compile=true")
-    assert message == "trainer.keep_codes=true: not with trainer.compile=true; choose one of the two"
+def test_a_compiled_training_is_left_to_the_compiler() -> None:
+    for option in ("keep_codes", "tensor_cores"):
+        message = mistake(f"trainer.{option}=true", "trainer.compile=true")
+        assert message == f"trainer.{option}=true: not with trainer.compile=true; choose one of the two"
 
 
 def test_data_of_ones_own_needs_its_folder_but_not_for_costs() -> None:

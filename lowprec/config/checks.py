@@ -169,6 +169,8 @@ def _check_training(config: RunConfig) -> None:
         _require_choice("trainer.debug", trainer.debug, DEBUG_MODES)
     if trainer.keep_codes and trainer.compile:
         raise ConfigError("trainer.keep_codes=true: not with trainer.compile=true; choose one of the two")
+    if trainer.tensor_cores and trainer.compile:
+        raise ConfigError("trainer.tensor_cores=true: not with trainer.compile=true; choose one of the two")
     clip = trainer.gradient_clip
     _require("trainer.gradient_clip", clip, clip is None or clip > 0, "a norm above 0, or null")
     threads = trainer.threads

@@ -172,7 +172,8 @@ class TrainerConfig:
 
     ``nodes`` and ``devices`` (processes on each node): every process trains on ``data.batch_size`` images a step, times
     ``accumulate_grad_batches``. ``checkpoint_minutes``: last.ckpt is written that often within an epoch; null leaves it at
-    the ends of epochs. ``integer_kernels``: see :func:`lowprec.layers.integer_product.use_integer_kernels`; ``keep_codes``: see
+    the ends of epochs. ``integer_kernels``: see :func:`lowprec.layers.integer_product.use_integer_kernels`; ``tensor_cores``: see
+    :func:`lowprec.layers.tensor_core_product.use_tensor_cores`, of a GPU, not with ``compile``; ``keep_codes``: see
     :func:`lowprec.layers.saved_codes.saved_as_codes`, not with ``compile``. ``debug``: one_batch, overfit or profile instead of a
     training. ``log_every_steps``: optimizer steps between two rows of metrics; ``progress_seconds``: between two lines of
     progress where there is no terminal.
@@ -186,6 +187,7 @@ class TrainerConfig:
     compile: bool = False
     keep_codes: bool = False
     integer_kernels: bool = True
+    tensor_cores: bool = False
     checkpoint_minutes: Optional[float] = 10.0  # noqa: UP045
     debug: Optional[str] = None  # noqa: UP045
     label_smoothing: float = 0.0

@@ -43,7 +43,7 @@ def use_integer_kernels(qmodel: fx.GraphModule, enabled: bool = True) -> int:
     for node in qmodel.graph.nodes:
         layer = qmodel.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(layer, QuantizedConv2d | QuantizedLinear):
-            able = enabled and _is_exact(layer) and _on_grid(qmodel, node.all_input_nodes[0])
+            able = enabled and _is_exact(layer) and on_grid(qmodel, node.all_input_nodes[0])
             layer.product = integer_product if able else None
             count += able
     return count
@@ -135,35 +135,42 @@ class _IntegerProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         codes, integers, exponent = ctx.saved_tensors
-        needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         values = multiples_of_codes(codes, ctx.scale, ctx.offset, ctx.dtype)
-        weight = dequantize(integers, exponent).to(ctx.dtype)
-        of_input = of_weight = of_bias = None
-        if ctx.geometry is None:
-            rows = gradient.reshape(-1, gradient.shape[-1])
-            if needs_input:
-                # Not a view, so that the quantizer behind may use its memory.
-                of_input = torch.ops.aten._unsafe_view(rows.mm(weight), values.shape)
-            if needs_weight:
-                of_weight = rows.t().mm(values.reshape(-1, values.shape[-1]))
-            if needs_bias:
-                of_bias = rows.sum(0)
-        else:
-            of_input, of_weight, of_bias = torch.ops.aten.convolution_backward(
-                gradient,
-                values,
-                weight,
-                [ctx.biases] if needs_bias else None,
-                *map(list, ctx.geometry),
-                False,
-                [0, 0],
-                1,
-                [needs_input, needs_weight, needs_bias],
-            )
-        of_input = None if of_input is None else of_input.to(ctx.dtypes[0])
-        of_weight = None if of_weight is None else of_weight.to(ctx.dtypes[1])
-        of_bias = None if of_bias is None else of_bias.float()
-        return of_input, of_weight, of_bias, None, None, None, None
+        return product_gradients(ctx, gradient, values, dequantize(integers, exponent).to(ctx.dtype))
+
+
+def product_gradients(ctx: Any, gradient: Tensor, values: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of the float operator at these values, for the seven inputs of a product on integers.
+
+    ctx: geometry, stride, padding and dilation of a convolution or None; dtypes, of the two gradients; biases, how many or None.
+    """
+    needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+    of_input = of_weight = of_bias = None
+    if ctx.geometry is None:
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        if needs_input:
+            # Not a view, so that the quantizer behind may use its memory.
+            of_input = torch.ops.aten._unsafe_view(rows.mm(weight), values.shape)
+        if needs_weight:
+            of_weight = rows.t().mm(values.reshape(-1, values.shape[-1]))
+        if needs_bias:
+            of_bias = rows.sum(0)
+    else:
+        of_input, of_weight, of_bias = torch.ops.aten.convolution_backward(
+            gradient,
+            values,
+            weight,
+            [ctx.biases] if needs_bias else None,
+            *map(list, ctx.geometry),
+            False,
+            [0, 0],
+            1,
+            [needs_input, needs_weight, needs_bias],
+        )
+    of_input = None if of_input is None else of_input.to(ctx.dtypes[0])
+    of_weight = None if of_weight is None else of_weight.to(ctx.dtypes[1])
+    of_bias = None if of_bias is None else of_bias.float()
+    return of_input, of_weight, of_bias, None, None, None, None
 
 
 def _is_worth_it(layer: QuantizedLayer, elements: int, weights: int) -> bool:
@@ -184,13 +191,13 @@ def _is_exact(layer: QuantizedConv2d | QuantizedLinear) -> bool:
     return numbers and layer.groups == 1 and kernels.convolves_exactly("dense", magnitude)
 
 
-def _on_grid(qmodel: fx.GraphModule, node: fx.Node) -> bool:
+def on_grid(qmodel: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a tensor is still on its quantizer's grid: a dropout drops, and scales up what is left."""
     if node.op == "call_module":
         module = qmodel.get_submodule(str(node.target))
         if isinstance(module, ActivationQuantizer | QuantizedReLU) or getattr(module, "quantizer", None) is not None:
             return True
         keeps = isinstance(module, KEEPS_GRID) or (isinstance(module, nn.Dropout) and module.p == 0)
-        return keeps and _on_grid(qmodel, node.all_input_nodes[0])
+        return keeps and on_grid(qmodel, node.all_input_nodes[0])
     # What is called without a module moves numbers about.
-    return node.op != "placeholder" and all(_on_grid(qmodel, used) for used in node.all_input_nodes)
+    return node.op != "placeholder" and all(on_grid(qmodel, used) for used in node.all_input_nodes)

@@ -93,7 +93,7 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
     if ADDS:
         x += tl.load(addend + places, mask=exists, other=0.0).to(tl.float32)
         if loaded.dtype == tl.bfloat16:
-            x = _to_bfloat16(x)
+            x = to_bfloat16(x)
     # 2^exponent, from the bits of a float32.
     unit = ((tl.load(exponent) + 127) << 23).to(tl.float32, bitcast=True)
     smallest = LOW * unit
@@ -120,7 +120,7 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _to_bfloat16(x):  # type: ignore[no-untyped-def]
+def to_bfloat16(x):  # type: ignore[no-untyped-def]
     """Rounds a float32 as a sum in bfloat16 is, half to even, by its bits: Triton's interpreter would cut them off."""
     bits = x.to(tl.uint32, bitcast=True)
     bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000

@@ -29,6 +29,7 @@ from lowprec.integer.model import IntegerModel
 from lowprec.integer.packed import save
 from lowprec.layers import QuantizedFloatOperator
 from lowprec.layers.integer_product import use_integer_kernels
+from lowprec.layers.tensor_core_product import use_tensor_cores
 from lowprec.models import checkpoint_metadata, load_checkpoint, save_checkpoint
 from lowprec.prepare import prepare
 from lowprec.reconstruct import reconstruct
@@ -206,7 +207,10 @@ def fine_tune(current: Run, qmodel: fx.GraphModule, teacher: nn.Module, loggers:
         if directory.result("validation") is None:
             directory.record("validation", top1(qmodel, current.data.val_dataloader(), current.device))
         return
-    use_integer_kernels(qmodel, config.trainer.integer_kernels and not config.trainer.compile)
+    if config.trainer.tensor_cores and current.device.type == "cuda":
+        use_tensor_cores(qmodel)
+    else:
+        use_integer_kernels(qmodel, config.trainer.integer_kernels and not config.trainer.compile)
     module = Classification(
         qmodel,
         config.optim,

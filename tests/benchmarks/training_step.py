@@ -4,10 +4,11 @@
 
 MODEL is a name of timm's or torchvision's (default: resnet18); weights and images are random. A step is forward pass,
 cross-entropy, backward pass and SGD with momentum; lowprec's scales follow the weights in each. "float kernels" does without the
-integer kernels that a run has by default, "codes kept" is trainer.keep_codes=true, "compiled" is trainer.compile=true, which
-takes minutes to compile a model of this size (--only 'lowprec*n4' leaves it out). The candidates take turns in
-one process, so that what else runs on the machine slows all alike; the time is the median over rounds of the ratio to the
-plain step of the same round and precision. Peak memory is that of a process of its own for each (of the device on a GPU).
+integer kernels that a run has by default, "codes kept" is trainer.keep_codes=true, "tensor cores", on a GPU,
+trainer.tensor_cores=true, "compiled" is trainer.compile=true, which takes minutes to compile a model of this size (--only
+'lowprec*n4' leaves it out). The candidates take turns in one process, so that what else runs on the machine slows all alike; the
+time is the median over rounds of the ratio to the plain step of the same round and precision. Peak memory is that of a process of
+its own for each (of the device on a GPU).
 Where times are taken, freed memory stays with the process, as in a run of train.py.
 Others' quantizers are the optional extra "peers"; a line says where one is not installed or fails.
 """
@@ -36,6 +37,7 @@ from torch import Tensor, nn
 import lowprec
 from lowprec.layers.integer_product import use_integer_kernels
 from lowprec.layers.saved_codes import saved_as_codes
+from lowprec.layers.tensor_core_product import use_tensor_cores
 from lowprec.models import create_model
 from lowprec.run.allocator import keep_freed_memory
 
@@ -52,6 +54,13 @@ def prepared(recipe: str, start: Start, integer_kernels: bool = True) -> nn.Modu
     qmodel = lowprec.prepare(start.model, recipe, start.calibration[0][:2])
     lowprec.calibrate(qmodel, start.calibration)
     use_integer_kernels(qmodel, integer_kernels)
+    return qmodel
+
+
+def on_tensor_cores(start: Start) -> nn.Module:
+    """lowprec's model with trainer.tensor_cores."""
+    qmodel = prepared("w2a8_n4", start, integer_kernels=False)
+    use_tensor_cores(qmodel)
     return qmodel
 
 
@@ -89,6 +98,7 @@ CANDIDATES: dict[str, Callable[[Start], nn.Module]] = {
     **{f"lowprec {recipe}": partial(prepared, recipe) for recipe in RECIPES},
     "lowprec w2a8_n4, float kernels": partial(prepared, "w2a8_n4", integer_kernels=False),
     "lowprec w2a8_n4, codes kept": lambda start: SavedAsCodes(prepared("w2a8_n4", start)),
+    **({"lowprec w2a8_n4, tensor cores": on_tensor_cores} if torch.cuda.is_available() else {}),
     "plain, compiled": lambda start: compiled(copy.deepcopy(start.model)),
     "lowprec w2a8_n4, compiled": lambda start: compiled(prepared("w2a8_n4", start, integer_kernels=False)),
     "PyTorch FX": fx_model,

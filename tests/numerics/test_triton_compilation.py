@@ -11,11 +11,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lowprec.numerics import triton_activations, triton_weights
+from lowprec.numerics import triton_activations, triton_products, triton_weights
 from lowprec.numerics.clusters import ClusterLayout
 
 ARCHITECTURES = [80, 90]
 WARP = 32
+SIZES = ("size", "rows", "outputs", "inputs", "values_m", "weight_n")
 CONSTANTS = {
     "LOW": 0.0,
     "HIGH": 255.0,
@@ -29,18 +30,18 @@ CONSTANTS = {
 }
 
 
-def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], architecture: int) -> str:
+def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], architecture: int, **options: Any) -> str:
     """PTX, as assembled; sizes and addresses are multiples of 16, as they are at run time."""
     arguments = {name: types.get(name, "constexpr" if name in constants else "i32") for name in kernel.arg_names}
-    aligned = [place for place, (name, kind) in enumerate(arguments.items()) if kind[0] == "*" or name == "size"]
+    aligned = [place for place, (name, kind) in enumerate(arguments.items()) if kind[0] == "*" or name in SIZES]
     source = ASTSource(
         kernel,
         signature=arguments,
         constexprs={name: value for name, value in constants.items() if arguments[name] == "constexpr"},
         attrs={(place,): [["tt.divisibility", 16]] for place in aligned},
     )
-    options = {"enable_fp_fusion": False, "num_warps": 4}
-    assembly = triton.compile(source, target=GPUTarget("cuda", architecture, WARP), options=options).asm
+    target = GPUTarget("cuda", architecture, WARP)
+    assembly = triton.compile(source, target=target, options={"enable_fp_fusion": False, **options}).asm
     assert assembly["cubin"]
     return str(assembly["ptx"])
 
@@ -92,3 +93,23 @@ def test_kernels_of_weights_divide_and_add_exactly(
     ptx = compiled(triton_weights.quantize_kernel, types, constants, architecture)
     assert instructions(ptx, r"div\.(full|approx)\.") + instructions(ptx, r"fma\.") == 0
     assert instructions(ptx, r"div\.rn\.f64") == 1
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_products_are_those_of_tensor_cores(dtype: str, biased: bool, architecture: int) -> None:
+    types = {"values": f"*{dtype}", "weight": "*fp32", "bias": "*fp32", "result": f"*{dtype}"}
+    types |= {"exponent": "*i32", "weight_exponent": "*i32"}
+    constants = {
+        **dict(OFFSET=128, BIASED=biased, ROWS=triton_products.ROWS, COLUMNS=triton_products.COLUMNS),
+        "SUMMANDS": triton_products.SUMMANDS,
+        # Channels lie side by side.
+        **dict.fromkeys(("values_k", "weight_k"), 1),
+    }
+    types |= dict.fromkeys(("values_k", "weight_k"), "constexpr")
+    ptx = compiled(triton_products.product_kernel, types, constants, architecture, **triton_products.OPTIONS)
+    assert instructions(ptx, r"mma[.\w]*\.s32\.s8\.s8") > 0
+    assert instructions(ptx, r"fma\.") == 0
+    # Values, in whole vectors.
+    assert instructions(ptx, r"(ld|cp\.async[.\w]*)\.global[.\w:]*(v4\.b32)?") > 0

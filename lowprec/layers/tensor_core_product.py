@@ -1,0 +1,108 @@
+"""Products of the fake-quant model on a GPU's 8-bit tensor cores: linear layers and 1x1 convolutions.
+
+The same values as the float product's where |Σ q·c| stays below 2^24 and a result is rounded once, which bfloat16's product on
+tensor cores does; the backward pass is the float one. The kernel makes codes of the values as it loads them, so nothing more is
+written or kept. It has not been timed on a GPU: on paper it takes what the bfloat16 product takes where memory is the limit, and
+up to half of it elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.autograd.function import once_differentiable
+
+from lowprec.layers.activations import ActivationQuantizer
+from lowprec.layers.integer_product import on_grid, product_gradients
+from lowprec.layers.linear import QuantizedConv2d, QuantizedLayer, QuantizedLinear
+from lowprec.numerics.memory import is_channels_last
+from lowprec.numerics.triton_kernels import runs_triton
+
+
+def use_tensor_cores(qmodel: fx.GraphModule) -> int:
+    """Lets linear layers and 1x1 convolutions of a prepared model multiply on a GPU's 8-bit tensor cores.
+
+    Where the input is on its quantizer's grid in training too, which it is not behind a dropout; on a CPU, compiled, and for
+    images that are not channels-last, products are float ones. It takes the place of
+    :func:`lowprec.layers.integer_product.use_integer_kernels`, which also undoes it. Returns the number of layers.
+    """
+    count = 0
+    for node in qmodel.graph.nodes:
+        layer = qmodel.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(layer, QuantizedLinear | QuantizedConv2d):
+            able = _is_matrix_product(layer) and on_grid(qmodel, node.all_input_nodes[0])
+            layer.product = tensor_core_product if able else None
+            count += able
+    return count
+
+
+def tensor_core_product(
+    layer: QuantizedLayer, values: Tensor, weight: Tensor, exponent: Tensor, bias: Tensor | None
+) -> Tensor | None:
+    """What ``layer.operate(values, weight, bias)`` gives, or None where that is to compute it.
+
+    values: on the grid of the layer's source; weight: integers of -128 … 127 times 2^exponent, exponent: [O].
+    """
+    source = layer.source
+    if not runs_triton(values) or not source.quantizing or not source.calibrated:
+        return None
+    # A matrix of positions is a view of channels-last images alone.
+    if isinstance(layer, QuantizedConv2d) and not (is_channels_last(values) or values.shape[2:].numel() == 1):
+        return None
+    kind = values.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else values.dtype
+    if not {dtype, values.dtype} <= {torch.float32, torch.bfloat16}:
+        return None
+    geometry = (layer.stride, layer.padding, layer.dilation) if isinstance(layer, QuantizedConv2d) else None
+    result: Tensor = _TensorCoreProduct.apply(values, weight, bias, source, exponent, geometry, dtype)
+    return result
+
+
+class _TensorCoreProduct(torch.autograd.Function):
+    """y = x · wᵀ + b over the channels, from the codes of x and w.
+
+    Gradients: ∂L/∂x, ∂L/∂w and ∂L/∂b of the float operator at the same values. x: [B, I, H, W] or [..., I], on the grid of
+    ``source``; w = c · 2^exponent, exponent [O]. geometry: stride, padding and dilation of a 1x1 convolution, or None. dtype: of
+    the result and of the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        source: ActivationQuantizer,
+        exponent: Tensor,
+        geometry: tuple[Any, ...] | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        from lowprec.numerics.triton_products import multiply_codes
+
+        ctx.geometry, ctx.dtype = geometry, dtype
+        ctx.dtypes = values.dtype, weight.dtype
+        ctx.biases = None if bias is None else len(bias)
+        ctx.save_for_backward(values, weight)
+        by_channel = values if geometry is None else values.permute(0, 2, 3, 1)
+        rows = by_channel.reshape(-1, by_channel.shape[-1])
+        bias = None if bias is None else bias.to(dtype).float()  # as autocast would have it
+        offset = 0 if source.signed else 128
+        result = multiply_codes(rows, weight.flatten(1), bias, source.exponent, exponent, offset, dtype)
+        result = result.view(*by_channel.shape[:-1], -1)
+        return result if geometry is None else result.permute(0, 3, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        values, weight = ctx.saved_tensors
+        return product_gradients(ctx, gradient, values.to(ctx.dtype), weight.to(ctx.dtype))
+
+
+def _is_matrix_product(layer: QuantizedLinear | QuantizedConv2d) -> bool:
+    """Whether each position's outputs are of its own inputs, all of them."""
+    if isinstance(layer, QuantizedLinear):
+        return True
+    alone = layer.weight.shape[2:].numel() == 1 and layer.groups == 1
+    return alone and layer.stride == (1, 1) and layer.padding == (0, 0)
