@@ -86,11 +86,13 @@ class WeightQuantizer(nn.Module):
     @torch.no_grad()
     def descend(self, weight: Tensor) -> None:
         """Follows ``weight``, which moved a little: one descent step on the squared error."""
+        if self.scheme.bits == 8:
+            return
         if self._fused(weight):
             from lowprec.numerics.triton_weights import descend
 
             descend(weight, self.scale, self._threshold, self.layout)
-        elif self.scheme.bits != 8:
+        else:
             for rows in self._blocks(weight):
                 self._descend(self.layout.split_for_arithmetic(weight.detach()[rows].float()), rows)
 
@@ -127,9 +129,12 @@ class WeightQuantizer(nn.Module):
         """What :meth:`forward` gives, and its exponents e [O], int32: c are integers of -128 … 127."""
         with torch.no_grad():
             if self._fused(weight):
-                from lowprec.numerics.triton_weights import quantize_weight
+                from lowprec.numerics.triton_weights import quantize_eight_bit, quantize_weight
 
-                quantized, exponent = quantize_weight(weight, self.scale, self._threshold, self.layout)
+                if self.scheme.bits == 8:
+                    quantized, exponent = quantize_eight_bit(weight)
+                else:
+                    quantized, exponent = quantize_weight(weight, self.scale, self._threshold, self.layout)
             else:
                 quantized = torch.empty_like(weight, dtype=torch.float32)
                 blocks = self._blocks(weight)
@@ -161,11 +166,11 @@ class WeightQuantizer(nn.Module):
 
     def _fused(self, weight: Tensor) -> bool:
         """Whether a kernel of Triton's does it all."""
-        if self.scheme.bits == 8 or self.scheme.planes == 2 or not runs_triton(weight):
+        if self.scheme.planes == 2 or weight.dtype == torch.float64 or not runs_triton(weight):
             return False
         from lowprec.numerics.triton_weights import fits
 
-        return weight.dtype != torch.float64 and fits(self.layout)
+        return self.scheme.bits == 8 or fits(self.layout)
 
     @property
     def _threshold(self) -> Tensor | None:

@@ -1,7 +1,8 @@
-"""Triton kernels of ternary and 4-bit weights in clusters: a descent step of their scales, and their quantized values.
+"""Triton kernels of weights: a descent step of the scales of ternary and 4-bit clusters, and quantized values, 8-bit ones too.
 
 One launch each for a layer, where PyTorch's operators take dozens. Codes, mantissas and exponents are what these give for the
-same scales, bit by bit; a scale that is a mean over a cluster is summed in another order, as on every device.
+same scales, bit by bit; a scale that is a mean over a cluster, and the errors of which an 8-bit exponent is the least, are summed
+in another order, as on every device.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ from torch import Tensor
 from lowprec.numerics.clusters import ClusterLayout
 from lowprec.numerics.effective_codes import CODE_SHIFT, MANTISSA_LIMIT
 from lowprec.numerics.fixed_point import MAXIMUM_EXPONENT, MINIMUM_EXPONENT
+from lowprec.numerics.fixed_point import SIGNED_8_BIT as EIGHT_BIT_CODES
+from lowprec.numerics.memory import is_dense
 from lowprec.numerics.solvers import FOUR_BIT_LIMIT
 
 # Weights of a program, several clusters; one cluster of more is a program's own.
 BLOCK = 2048
 # Beyond that many a cluster does not fit a program's registers.
 LARGEST_CLUSTER = 8192
-# Scales of an output channel that are looked at once.
+# Weights of an output channel, and its scales, that are looked at at once.
+ROW_BLOCK = 1024
 SCALES = 512
 # No fused multiply-adds: they round once where PyTorch's operators round twice.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
@@ -66,6 +70,33 @@ def quantize_weight(
             **OPTIONS,
         )
     return quantized.view(weight.shape), exponent
+
+
+def quantize_eight_bit(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Values c · 2^e of 8-bit ``weight``, float32, in its shape and strides, and the exponents e [O], int32, of least error.
+
+    :func:`lowprec.numerics.solvers.solve_eight_bit` and ``eight_bit_codes``.
+    """
+    # Both orders of memory keep an output channel together.
+    weight = weight.detach() if is_dense(weight) else weight.detach().contiguous()
+    quantized = torch.empty_like(weight, dtype=torch.float32)
+    exponent = torch.empty(len(weight), dtype=torch.int32, device=weight.device)
+    with torch.cuda.device_of(weight):
+        eight_bit_kernel[(len(weight),)](
+            *(weight, quantized, exponent, weight[0].numel()), **constants_of_eight_bits(weight), **OPTIONS
+        )
+    return quantized, exponent
+
+
+def constants_of_eight_bits(weight: Tensor) -> dict[str, int]:
+    """What :func:`eight_bit_kernel` is compiled for."""
+    return {
+        "LOWEST_CODE": EIGHT_BIT_CODES.low,
+        "HIGHEST_CODE": EIGHT_BIT_CODES.high,
+        "LOWEST": MINIMUM_EXPONENT,
+        "HIGHEST": MAXIMUM_EXPONENT,
+        "BLOCK": min(ROW_BLOCK, triton.next_power_of_2(weight[0].numel())),
+    }
 
 
 def _with_positions(weight: Tensor) -> Tensor:
@@ -296,3 +327,58 @@ def _exponent_for(  # type: ignore[no-untyped-def]
     fits = (scaled + 6755399441055744.0) - 6755399441055744.0 <= LIMIT
     exponent = tl.where(fits, smaller, exponent)
     return tl.where(wide > 0, exponent, LOWEST).to(tl.int32)
+
+
+@triton.jit
+def eight_bit_kernel(  # type: ignore[no-untyped-def]
+    weight,
+    quantized,
+    exponents,
+    size,
+    LOWEST_CODE: tl.constexpr,
+    HIGHEST_CODE: tl.constexpr,
+    LOWEST: tl.constexpr,
+    HIGHEST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: an output channel, of ``size`` weights that lie together."""
+    row = tl.program_id(0).to(tl.int64) * size
+    largest = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, size, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        w = tl.load(weight + row + place, mask=place < size, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(w))
+    fitting = _exponent_for(tl.max(largest, axis=0), HIGHEST_CODE, LOWEST, HIGHEST)
+    first = tl.zeros((BLOCK,), tl.float32)
+    second = tl.zeros((BLOCK,), tl.float32)
+    third = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, size, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        w = tl.load(weight + row + place, mask=place < size, other=0.0).to(tl.float32)
+        first += _squared_error(w, fitting, LOWEST_CODE, HIGHEST_CODE)
+        second += _squared_error(w, fitting - 1, LOWEST_CODE, HIGHEST_CODE)
+        third += _squared_error(w, fitting - 2, LOWEST_CODE, HIGHEST_CODE)
+    least = tl.sum(first, axis=0)
+    # Of equal errors, the larger exponent's.
+    error = tl.sum(second, axis=0)
+    exponent = tl.where(error < least, fitting - 1, fitting)
+    least = tl.minimum(least, error)
+    exponent = tl.where(tl.sum(third, axis=0) < least, fitting - 2, exponent)
+    tl.store(exponents + tl.program_id(0), exponent)
+    for start in range(0, size, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        w = tl.load(weight + row + place, mask=place < size, other=0.0).to(tl.float32)
+        tl.store(quantized + row + place, _eight_bits(w, exponent, LOWEST_CODE, HIGHEST_CODE), mask=place < size)
+
+
+@triton.jit
+def _eight_bits(w, exponent, LOWEST_CODE: tl.constexpr, HIGHEST_CODE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The nearest values of 8-bit codes, half to even: clamped first, which gives the same."""
+    ratio = tl.minimum(tl.maximum(w * _power_of_two(-exponent), LOWEST_CODE), HIGHEST_CODE)
+    return _rounded(ratio) * _power_of_two(exponent)
+
+
+@triton.jit
+def _squared_error(w, exponent, LOWEST_CODE: tl.constexpr, HIGHEST_CODE: tl.constexpr):  # type: ignore[no-untyped-def]
+    error = _eight_bits(w, exponent, LOWEST_CODE, HIGHEST_CODE) - w
+    return error * error

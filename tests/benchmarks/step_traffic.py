@@ -90,6 +90,13 @@ def counted_kernels(traffic: Traffic) -> Iterator[None]:
         traffic.add(weight, scale, *(() if threshold is None else (threshold,)), quantized, exponent)
         return quantized, exponent
 
+    def quantize_eight_bit(weight: Tensor) -> tuple[Tensor, Tensor]:
+        quantized = torch.empty_like(weight, dtype=torch.float32)
+        exponent = torch.empty(len(weight), dtype=torch.int32, device=weight.device)
+        # An output channel is read three times, the last two from a cache.
+        traffic.add(weight, quantized, exponent)
+        return quantized, exponent
+
     def descend(weight: Tensor, scale: Tensor, threshold: Tensor | None, layout: Any) -> None:
         traffic.add(weight, scale, scale, *(() if threshold is None else (threshold,)))
 
@@ -100,7 +107,9 @@ def counted_kernels(traffic: Traffic) -> Iterator[None]:
         mock.patch.multiple(
             triton_activations, quantize_activation=quantize_activation, gradient_within=gradient_within
         ),
-        mock.patch.multiple(triton_weights, quantize_weight=quantize_weight, descend=descend),
+        mock.patch.multiple(
+            triton_weights, quantize_weight=quantize_weight, quantize_eight_bit=quantize_eight_bit, descend=descend
+        ),
         mock.patch.object(straight_through, "runs_triton", return_value=True),
         mock.patch.object(weights, "runs_triton", return_value=True),
     ):

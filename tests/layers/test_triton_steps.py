@@ -44,7 +44,7 @@ def step(qmodel: nn.Module) -> list[Tensor]:
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("recipe", ["w2a8_n4", "w4a8_n4", "w2a8_n64"])
+@pytest.mark.parametrize("recipe", ["w2a8_n4", "w4a8_n4", "w2a8_n64", "w8a8"])
 def test_a_step_is_that_of_operators(recipe: str, memory_format: torch.memory_format, place: str) -> None:
     qmodel = prepared(recipe).to(memory_format=memory_format)  # type: ignore[call-overload]
     with running(place) as device:

@@ -96,6 +96,16 @@ def test_kernels_of_weights_divide_and_add_exactly(
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("size", [9, 4608])
+def test_8_bit_weights(size: int, architecture: int) -> None:
+    types = {"weight": "*fp32", "quantized": "*fp32", "exponents": "*i32"}
+    constants = triton_weights.constants_of_eight_bits(torch.zeros(2, size))
+    ptx = compiled(triton_weights.eight_bit_kernel, types, constants, architecture, **triton_weights.OPTIONS)
+    assert instructions(ptx, r"fma\.") == 0
+    assert instructions(ptx, r"div\.rn\.f64") == 1
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_products_are_those_of_tensor_cores(dtype: str, biased: bool, architecture: int) -> None:

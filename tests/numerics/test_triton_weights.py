@@ -72,6 +72,36 @@ def test_a_step_and_its_values_are_those_of_operators(
     assert torch.equal(found_exponents.cpu(), exponents)
 
 
+@pytest.mark.parametrize(("shape", "memory_format"), WEIGHTS, ids=str)
+def test_8_bit_weights_are_those_of_operators(
+    shape: tuple[int, ...], memory_format: torch.memory_format, device: str
+) -> None:
+    """Channels of all magnitudes, of zeros, and of one large weight among small ones, which is worth clipping."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-2000, 2000, shape, generator=generator) / 2048
+    weight *= 2.0 ** torch.randint(-20, 5, (len(weight), *[1] * (len(shape) - 1)), generator=generator)
+    weight[0] = 0
+    weight[1].view(-1)[0] = 40 * weight[1].abs().max()
+    weight = weight.contiguous(memory_format=memory_format)
+    quantizer = WeightQuantizer(shape, WeightScheme(bits=8))
+    with operators_only():
+        values, exponents = quantizer.with_exponents(weight)
+    found, found_exponents = quantizer.with_exponents(weight.to(device))
+    assert found.stride() == values.stride()
+    assert torch.equal(found_exponents.cpu(), exponents)
+    assert torch.equal(found.cpu(), values)
+
+
+def test_8_bit_weights_that_are_not_dense(device: str) -> None:
+    weight = torch.randn(6, 20, generator=torch.Generator().manual_seed(0))[:, 3:12]
+    quantizer = WeightQuantizer((6, 9), WeightScheme(bits=8))
+    with operators_only():
+        values, exponents = quantizer.with_exponents(weight)
+    found, found_exponents = quantizer.with_exponents(weight.to(device))
+    assert torch.equal(found.cpu(), values)
+    assert torch.equal(found_exponents.cpu(), exponents)
+
+
 @pytest.mark.parametrize("bits", [2, 4])
 def test_gaussian_weights_differ_in_no_more_than_the_last_place_of_a_mean(bits: int, device: str) -> None:
     weight = torch.randn(16, 64, 3, 3, generator=torch.Generator().manual_seed(0))
@@ -90,13 +120,13 @@ def test_gaussian_weights_differ_in_no_more_than_the_last_place_of_a_mean(bits: 
 
 
 def test_what_the_kernels_do_not_take_goes_to_operators(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """8-bit weights, two planes, and clusters that no program holds."""
+    """Two planes, and clusters that no program holds."""
     assert triton_weights.fits(ClusterLayout((4, 910, 3, 3), 910))
     assert not triton_weights.fits(ClusterLayout((4, 911, 3, 3), 911))
     for kernel in ("descend", "quantize_weight"):
         monkeypatch.delattr(triton_weights, kernel)
     weight = torch.randn(4, 911, 3, 3, generator=torch.Generator().manual_seed(0), device="cpu")
-    for scheme in (WeightScheme(bits=8), WeightScheme(planes=2), WeightScheme(cluster_size=911)):
+    for scheme in (WeightScheme(planes=2), WeightScheme(cluster_size=911)):
         quantizer = WeightQuantizer(tuple(weight.shape), scheme)
         quantizer.solve(weight, "layer")
         quantizer.to(device).descend(weight.to(device))
