@@ -59,7 +59,7 @@ def test_a_weight_by_hand(bits: int, of_a_cluster: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "launches", "moved"), [("resnet18", 2.05, 1.06), ("mobilenetv2_100", 1.7, 0.92), ("resnet50", 1.75, 1.09)]
+    ("name", "launches", "moved"), [("resnet18", 1.55, 1.06), ("mobilenetv2_100", 1.5, 0.9), ("resnet50", 1.52, 1.09)]
 )
 def test_kernels_move_hardly_more_than_a_plain_step(name: str, launches: float, moved: float) -> None:
     """Limits lie a few percent above what was counted."""
