@@ -66,6 +66,7 @@ def interpreted() -> Iterator[None]:
             importlib.reload(module)
         for user in USERS:
             patch.setattr(user, "runs_triton", everywhere)
+        patch.setattr(tensor_core_product, "multiplies", lambda device: True)
         try:
             yield
         finally:

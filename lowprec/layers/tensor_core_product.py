@@ -1,9 +1,8 @@
 """Products of the fake-quant model on a GPU's 8-bit tensor cores: linear layers and 1x1 convolutions.
 
-The same values as the float product's where |Σ q·c| stays below 2^24 and a result is rounded once, which bfloat16's product on
-tensor cores does; the backward pass is the float one. The kernel makes codes of the values as it loads them, so nothing more is
-written or kept. It has not been timed on a GPU: on paper it takes what the bfloat16 product takes where memory is the limit, and
-up to half of it elsewhere.
+Values are the exact sums of the float product, rounded once (with |Σ q·c| below 2^24), where a GPU's float product in bfloat16
+may round more often, with a bias or partial sums; the backward pass is the float one. The kernel makes codes of the values as it
+loads them, so nothing more is written or kept. It has not been timed on a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from lowprec.layers.activations import ActivationQuantizer
 from lowprec.layers.integer_product import on_grid, product_gradients
 from lowprec.layers.linear import QuantizedConv2d, QuantizedLayer, QuantizedLinear
 from lowprec.numerics.memory import is_channels_last
-from lowprec.numerics.triton_kernels import runs_triton
+from lowprec.numerics.triton_kernels import multiplies, runs_triton
 
 
 def use_tensor_cores(qmodel: fx.GraphModule) -> int:
@@ -46,7 +45,7 @@ def tensor_core_product(
     values: on the grid of the layer's source; weight: integers of -128 … 127 times 2^exponent, exponent: [O].
     """
     source = layer.source
-    if not runs_triton(values) or not source.quantizing or not source.calibrated:
+    if not runs_triton(values) or not multiplies(values.device) or not source.quantizing or not source.calibrated:
         return None
     # A matrix of positions is a view of channels-last images alone.
     if isinstance(layer, QuantizedConv2d) and not (is_channels_last(values) or values.shape[2:].numel() == 1):
@@ -81,23 +80,29 @@ class _TensorCoreProduct(torch.autograd.Function):
     ) -> Tensor:
         from lowprec.numerics.triton_products import multiply_codes
 
-        ctx.geometry, ctx.dtype = geometry, dtype
+        ctx.geometry = geometry
         ctx.dtypes = values.dtype, weight.dtype
         ctx.biases = None if bias is None else len(bias)
+        # Both dtypes hold codes and weights exactly; the backward pass is in this one.
+        values, weight = values.to(dtype), weight.to(dtype)
         ctx.save_for_backward(values, weight)
-        by_channel = values if geometry is None else values.permute(0, 2, 3, 1)
-        rows = by_channel.reshape(-1, by_channel.shape[-1])
+        outputs = len(weight)
+        if geometry is None:
+            result = values.new_empty(*values.shape[:-1], outputs)
+            rows, out = values.reshape(-1, values.shape[-1]), result.view(-1, outputs)
+        else:
+            shape = (len(values), outputs, *values.shape[2:])
+            result = torch.empty(shape, dtype=dtype, device=values.device, memory_format=torch.channels_last)
+            rows, out = (images.permute(0, 2, 3, 1).flatten(0, 2) for images in (values, result))
         bias = None if bias is None else bias.to(dtype).float()  # as autocast would have it
         offset = 0 if source.signed else 128
-        result = multiply_codes(rows, weight.flatten(1), bias, source.exponent, exponent, offset, dtype)
-        result = result.view(*by_channel.shape[:-1], -1)
-        return result if geometry is None else result.permute(0, 3, 1, 2)
+        multiply_codes(rows, weight.flatten(1), bias, source.exponent, exponent, offset, out)
+        return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        values, weight = ctx.saved_tensors
-        return product_gradients(ctx, gradient, values.to(ctx.dtype), weight.to(ctx.dtype))
+        return product_gradients(ctx, gradient, *ctx.saved_tensors)
 
 
 def _is_matrix_product(layer: QuantizedLinear | QuantizedConv2d) -> bool:

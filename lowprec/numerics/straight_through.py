@@ -90,7 +90,9 @@ class StraightThroughActivation(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        if not ctx.saved_tensors:
+        # Read once: what is unpacked, by hooks or a checkpoint, may not be so twice.
+        masks = ctx.saved_tensors
+        if not masks:
             return _of_inputs(ctx, gradient)
         # Memory that is nobody else's is used again.
         unshared = not ctx.fused and ctx.unshared is not None and holders(gradient) == ctx.unshared
@@ -103,14 +105,13 @@ class StraightThroughActivation(torch.autograd.Function):
         if ctx.fused:
             from lowprec.numerics.triton_activations import gradient_within
 
-            (mask,) = ctx.saved_tensors
-            gradient_within(gradient, mask, passed)
+            gradient_within(gradient, masks[0], passed)
             return _of_inputs(ctx, passed)
-        masks = iter(ctx.saved_tensors)
+        remaining = iter(masks)
         for to, incoming, clipped in zip(
             _blocks(passed, ctx.size), _blocks(gradient, ctx.size), ctx.clipped, strict=True
         ):
-            mask = next(masks) if clipped else None
+            mask = next(remaining) if clipped else None
             if mask is not None and mask.dtype == torch.int8:
                 torch.mul(incoming, _unpacked(mask, incoming), out=to)
                 continue

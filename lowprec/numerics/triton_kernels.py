@@ -1,8 +1,13 @@
-"""Whether the Triton kernels of activations and weights are used: on a GPU on which they were seen to be right."""
+"""Whether the package's Triton kernels are used: on a GPU on which they were seen to be right.
+
+What they are compared with is computed on the CPU, without autograd: the question comes up in the middle of a step, in an
+autograd function, or where no gradient is wanted.
+"""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 
@@ -10,6 +15,19 @@ import torch
 from torch import Tensor
 
 from lowprec.numerics.clusters import ClusterLayout
+from lowprec.numerics.effective_codes import channel_exponents, effective_codes, mantissas
+from lowprec.numerics.fixed_point import SIGNED_8_BIT, dequantize, power_of_two, quantize
+from lowprec.numerics.solvers import (
+    ClusterScales,
+    descend_four_bit,
+    descend_ternary,
+    eight_bit_codes,
+    four_bit_codes,
+    solve_eight_bit,
+    ternary_codes,
+)
+
+CPU = torch.device("cpu")
 
 
 class KernelWarning(UserWarning):
@@ -17,61 +35,129 @@ class KernelWarning(UserWarning):
 
 
 def runs_triton(tensor: Tensor) -> bool:
-    """Whether our own kernels take ``tensor``: on a GPU, where nothing is being compiled, which fuses by itself."""
-    return tensor.is_cuda and not torch.compiler.is_compiling() and agrees(tensor.device)
+    """Whether our own kernels quantize ``tensor``: on a GPU, where nothing is being compiled, which fuses by itself."""
+    return tensor.is_cuda and not torch.compiler.is_compiling() and quantizes(tensor.device)
 
 
 @cache
-def agrees(device: torch.device) -> bool:
-    """Whether the kernels give there what PyTorch's operators give on a CPU, found out by running them.
+def quantizes(device: torch.device) -> bool:
+    """Whether the kernels of activations and weights give there what PyTorch's operators give on a CPU, found out by running.
 
     Warns KernelWarning where they cannot be built (Triton needs a C compiler and Python's headers) or differ.
     """
+    checks = (_activations_agree, _ternary_agrees, _four_bits_agree, _eight_bits_agree)
+    return _agrees(
+        device, checks, "PyTorch's operators quantize activations and weights", "at several times the traffic"
+    )
+
+
+@cache
+def multiplies(device: torch.device) -> bool:
+    """Whether the kernel of products on tensor cores is exact there; warns KernelWarning where it is not."""
+    return _agrees(device, (_products_agree,), "trainer.tensor_cores has no effect: products are float ones", "")
+
+
+def _agrees(device: torch.device, checks: tuple[Callable[[torch.device], bool], ...], instead: str, cost: str) -> bool:
     if find_spec("triton") is None:
         return False  # there is none for this system
     try:
-        reason = "" if _activations_agree(device) and _weights_agree(device) else "their results differ"
+        reason = "" if all(check(device) for check in checks) else "their results differ"
     # Whatever goes wrong while kernels are built: there are operators that do the same.
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
     if reason:
         text = (
-            f"lowprec's Triton kernels cannot be used on {device} ({reason}): PyTorch's operators quantize activations and "
-            "weights there, with the same results, but several times the traffic. Triton needs a C compiler and Python's headers "
-            "(Debian: gcc, python3-dev)"
+            f"Triton kernels of lowprec's cannot be used on {device} ({reason}): {instead} there, with the same results"
+            f"{' ' if cost else ''}{cost}. Triton needs a C compiler and Python's headers (Debian: gcc, libc6-dev, python3-dev)"
         )
         warnings.warn(text, KernelWarning, stacklevel=2)
     return not reason
 
 
 def _activations_agree(device: torch.device) -> bool:
-    from lowprec.numerics.fixed_point import SIGNED_8_BIT
-    from lowprec.numerics.straight_through import Ends, straight_through_activation
+    from lowprec.numerics.straight_through import Ends
     from lowprec.numerics.triton_activations import gradient_within, quantize_activation
 
-    # Quarters of a code: ties, and both sides of the range.
-    values = (torch.arange(-600, 600) / 32).requires_grad_()
-    exponent = torch.tensor(-3, dtype=torch.int32)
-    result = straight_through_activation(values, exponent, SIGNED_8_BIT, "relu")
-    result.backward(torch.ones_like(result))
-    on_device = values.detach().to(device)
-    found, gradient = torch.empty_like(on_device), torch.empty_like(on_device)
-    ends = Ends.of(SIGNED_8_BIT.low, SIGNED_8_BIT.high, values.dtype)
-    mask = quantize_activation(on_device, None, exponent.to(device), ends, "relu", found, masked=True)
-    assert mask is not None
-    gradient_within(torch.ones_like(on_device), mask, gradient)
-    return torch.equal(found.cpu(), result.detach()) and torch.equal(gradient.cpu(), values.grad)  # type: ignore[arg-type]
+    exponent = torch.tensor(-3, dtype=torch.int32, device=CPU)
+    agree = []
+    for dtype in (torch.float32, torch.bfloat16):
+        # Quarters of a code: ties, and both sides of the range.
+        values = (torch.arange(-600, 600, device=CPU) / 32).to(dtype)
+        addend = values.flip(0) / 16
+        summed = values + addend
+        wanted = dequantize(quantize(summed.clamp(min=0), exponent, SIGNED_8_BIT), exponent).to(dtype)
+        # 127.5 codes are a tie that would round to 128.
+        passed = ((summed > 0) & (summed.float() < 127.5 / 8)).to(dtype)
+        on_device = values.to(device)
+        found, gradient = torch.empty_like(on_device), torch.ones_like(on_device)
+        ends = Ends.of(SIGNED_8_BIT.low, SIGNED_8_BIT.high, dtype)
+        mask = quantize_activation(on_device, addend.to(device), exponent.to(device), ends, "relu", found, True)
+        assert mask is not None
+        gradient_within(gradient, mask, gradient)
+        agree += [torch.equal(found.cpu(), wanted), torch.equal(gradient.cpu(), passed)]
+    return all(agree)
 
 
-def _weights_agree(device: torch.device) -> bool:
-    from lowprec.numerics.fixed_point import power_of_two
+def _weights() -> tuple[Tensor, ClusterLayout]:
+    """Halves, whose sums are exact in whatever order; a channel of zeros."""
+    weight = (torch.arange(72, device=CPU).mul_(7).remainder_(23) - 11).view(3, 8, 3, 1) / 2
+    weight[1] = 0
+    return weight, ClusterLayout((3, 8, 3, 1), 4)
+
+
+def _clusters_agree(device: torch.device, bits: int) -> bool:
     from lowprec.numerics.triton_weights import descend, quantize_weight
 
-    layout = ClusterLayout((2, 4), 4)
-    weight = torch.tensor([[3.0, -1.0, 0.25, -2.0], [0.5, 0.0, 0.0, 0.0]], device=device)
-    scale, threshold = (torch.full(layout.scale_shape, start, device=device) for start in (1.5, 0.75))
-    descend(weight, scale, threshold, layout)
-    values, exponents = quantize_weight(weight, scale, threshold, layout)
-    # Means over what reaches half the scale: (3 + 1 + 2) / 3, and of nothing, the mean of all, 0.5 / 4. Mantissas are 64.
-    expected = torch.tensor([[2.0, -2.0, 0.0, -2.0], [0.125, 0.0, 0.0, 0.0]])
-    return torch.equal(values.cpu(), expected) and torch.equal(64 * power_of_two(exponents.cpu()), expected[:, 0])
+    weight, layout = _weights()
+    w_OGNP = layout.split(weight)
+    scale = torch.full(layout.scale_shape, 1.5, device=CPU)
+    threshold = scale / 2 if bits == 2 else None
+    on_device, found_scale = weight.to(device), scale.to(device, copy=True)
+    found_threshold = None if threshold is None else threshold.to(device, copy=True)
+    descend(on_device, found_scale, found_threshold, layout)
+    values, exponents = quantize_weight(on_device, found_scale, found_threshold, layout)
+    if threshold is None:
+        scale = descend_four_bit(w_OGNP, scale, layout)
+        codes = four_bit_codes(w_OGNP, scale)
+    else:
+        scale, threshold = descend_ternary(w_OGNP, ClusterScales(scale, threshold), layout)
+        codes = ternary_codes(w_OGNP, threshold)
+    exponent = channel_exponents(scale, bits)
+    effective = effective_codes(codes, mantissas(scale, exponent, bits), bits)
+    wanted = layout.merge(dequantize(effective, exponent.view(-1, 1, 1, 1)))
+    return torch.equal(values.cpu(), wanted) and torch.equal(exponents.cpu(), exponent)
+
+
+def _ternary_agrees(device: torch.device) -> bool:
+    return _clusters_agree(device, 2)
+
+
+def _four_bits_agree(device: torch.device) -> bool:
+    return _clusters_agree(device, 4)
+
+
+def _eight_bits_agree(device: torch.device) -> bool:
+    from lowprec.numerics.triton_weights import quantize_eight_bit
+
+    weight, _ = _weights()
+    values, exponents = quantize_eight_bit(weight.to(device))
+    exponent = solve_eight_bit(weight)
+    wanted = dequantize(eight_bit_codes(weight, exponent), exponent.view(-1, 1, 1, 1))
+    return torch.equal(values.cpu(), wanted) and torch.equal(exponents.cpu(), exponent)
+
+
+def _products_agree(device: torch.device) -> bool:
+    from lowprec.numerics.triton_products import multiply_codes
+
+    agree = []
+    for dtype in (torch.float32, torch.bfloat16):
+        values = torch.arange(200 * 70, device=CPU).mul_(37).remainder_(256).view(200, 70).to(dtype)
+        exponents = torch.arange(-70, 70, device=CPU).int().div_(10, rounding_mode="floor")
+        weight = (torch.arange(140 * 70, device=CPU).mul_(29).remainder_(129).sub_(64)).view(140, 70)
+        weight = (weight * power_of_two(exponents)[:, None]).to(dtype)
+        zero = torch.zeros((), dtype=torch.int32, device=CPU)
+        out = torch.empty(200, 140, dtype=dtype, device=device)
+        given = [tensor.to(device) for tensor in (values, weight, zero, exponents)]
+        multiply_codes(given[0], given[1], None, given[2], given[3], 128, out)
+        agree.append(torch.equal(out.cpu(), (values.double() @ weight.double().T).float().to(dtype)))
+    return all(agree)

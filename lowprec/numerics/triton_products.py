@@ -9,9 +9,11 @@ from torch import Tensor
 
 from lowprec.numerics.triton_activations import to_bfloat16
 
-# Rows, columns and summands of a program at once.
-ROWS, COLUMNS, SUMMANDS = 128, 128, 64
-OPTIONS = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": False}
+# Rows and columns of a program, and bytes of summands that it loads at once: two such stages and the codes that are made of them
+# fit 99 KiB, what the smallest of today's GPUs have for a program.
+ROWS, COLUMNS = 128, 128
+BYTES_OF_SUMMANDS = 128
+OPTIONS = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": False}
 
 
 def multiply_codes(
@@ -21,56 +23,67 @@ def multiply_codes(
     exponent: Tensor,
     weight_exponent: Tensor,
     offset: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """values · weightᵀ + bias [M, O] in ``dtype``, float32 or bfloat16, rounded once.
+    out: Tensor,
+) -> None:
+    """Writes values · weightᵀ + bias to ``out`` [M, O], float32 or bfloat16, contiguous: the exact sums, rounded once.
 
     values: [M, I], multiples of 2^exponent, whose codes are integers of offset - 128 … offset + 127; weight: [O, I], integers of
-    -128 … 127 times 2^weight_exponent [O]; bias: [O], float32. exponent and weight_exponent: int32. Sums of codes, Σ q·c, are
-    integers of 32 bits; beyond 2^24 they are rounded to float32 once.
+    -128 … 127 times 2^weight_exponent [O]; both of one dtype, bfloat16 or float32. bias: [O], float32. exponent and
+    weight_exponent: int32. Sums of codes, Σ q·c, are integers of 32 bits; beyond 2^24 they are rounded to float32 first. A row of
+    values, or of the weight, with a NaN in it gives NaN.
     """
     rows, inputs = values.shape
     outputs = len(weight)
-    result = torch.empty(rows, outputs, dtype=dtype, device=values.device)
-    if result.numel():
-        with torch.cuda.device_of(values):
-            product_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(outputs, COLUMNS))](
-                *(values, weight, weight if bias is None else bias, result, exponent, weight_exponent),
-                *(rows, outputs, inputs, values.stride(0), values.stride(1), weight.stride(0), weight.stride(1)),
-                OFFSET=offset,
-                BIASED=bias is not None,
-                ROWS=ROWS,
-                COLUMNS=COLUMNS,
-                SUMMANDS=SUMMANDS,
-                **OPTIONS,
-            )
-    return result
+    if not out.numel():
+        return
+    # Side by side, as channels-last images and linear layers have them.
+    values = values if values.stride(1) == 1 else values.contiguous()
+    weight = weight.contiguous()
+    # Exact in whatever order: multiples of one power of two, below 2^24 of it.
+    sums = weight.sum(1, dtype=torch.float32)
+    with torch.cuda.device_of(values):
+        product_kernel[(triton.cdiv(rows, ROWS) * triton.cdiv(outputs, COLUMNS),)](
+            *(values, weight, sums, sums if bias is None else bias, out, exponent, weight_exponent),
+            *(rows, outputs, inputs, values.stride(0)),
+            **constants_of(values.dtype, offset, bias is not None),
+            **OPTIONS,
+        )
+
+
+def constants_of(dtype: torch.dtype, offset: int, biased: bool) -> dict[str, int | bool]:
+    """What the kernel is compiled for."""
+    return {
+        "OFFSET": offset,
+        "BIASED": biased,
+        "ROWS": ROWS,
+        "COLUMNS": COLUMNS,
+        "SUMMANDS": BYTES_OF_SUMMANDS // dtype.itemsize,
+    }
 
 
 @triton.jit
 def product_kernel(  # type: ignore[no-untyped-def]
     values,
     weight,
+    weight_sums,
     bias,
-    result,
+    out,
     exponent,
     weight_exponent,
     rows,
     outputs,
     inputs,
     values_m,
-    values_k,
-    weight_n,
-    weight_k,
     OFFSET: tl.constexpr,
     BIASED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     SUMMANDS: tl.constexpr,
 ):
-    """One program: ROWS x COLUMNS of the result."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    """One program: ROWS x COLUMNS of the result; those of the same rows follow each other, and find them in the cache."""
+    columns = tl.cdiv(outputs, COLUMNS)
+    row = (tl.program_id(0) // columns).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = (tl.program_id(0) % columns) * COLUMNS + tl.arange(0, COLUMNS)
     summand = tl.arange(0, SUMMANDS)
     unit = tl.load(exponent)
     units = tl.load(weight_exponent + column, mask=column < outputs, other=0)
@@ -78,31 +91,35 @@ def product_kernel(  # type: ignore[no-untyped-def]
     to_codes = ((127 - unit) << 23).to(tl.float32, bitcast=True)
     to_integers = ((127 - units) << 23).to(tl.float32, bitcast=True)
     sums = tl.zeros((ROWS, COLUMNS), tl.int32)
-    of_weights = tl.zeros((COLUMNS,), tl.int32)
+    # Zeros, or NaN, which no integer says.
+    poison = tl.zeros((ROWS,), tl.float32)
     for start in range(0, inputs, SUMMANDS):
         k = start + summand
         x = tl.load(
-            values + row[:, None] * values_m + k[None, :] * values_k,
+            values + row[:, None] * values_m + k[None, :],
             mask=(row < rows)[:, None] & (k < inputs)[None, :],
             other=0.0,
-        )
+        ).to(tl.float32)
         w = tl.load(
-            weight + column[None, :] * weight_n + k[:, None] * weight_k,
+            weight + column[None, :] * inputs + k[:, None],
             mask=(column < outputs)[None, :] & (k < inputs)[:, None],
             other=0.0,
-        )
-        codes = (x.to(tl.float32) * to_codes - OFFSET).to(tl.int8)
-        integers = (w.to(tl.float32) * to_integers[None, :]).to(tl.int8)
+        ).to(tl.float32)
+        # Beyond the last summand the weight is 0, whatever the code.
+        codes = (x * to_codes - OFFSET).to(tl.int8)
+        integers = (w * to_integers[None, :]).to(tl.int8)
         sums = tl.dot(codes, integers, sums)
-        of_weights += tl.sum(integers.to(tl.int32), axis=0)
+        poison += tl.sum(x * 0.0, axis=1)
+    of_weights = tl.load(weight_sums + column, mask=column < outputs, other=0.0)
     # What was taken off the codes, OFFSET, counts as often as there are weights.
-    total = (sums + OFFSET * of_weights[None, :]).to(tl.float32)
+    total = (sums + ((of_weights * to_integers).to(tl.int32) * OFFSET)[None, :]).to(tl.float32)
     # Two factors: each is a normal number whatever the exponents.
     total = total * ((unit + 127) << 23).to(tl.float32, bitcast=True)
     total = total * ((units + 127) << 23).to(tl.float32, bitcast=True)[None, :]
     if BIASED:
         total += tl.load(bias + column, mask=column < outputs, other=0.0)[None, :]
-    if result.dtype.element_ty == tl.bfloat16:
+    total += poison[:, None] + (of_weights * 0.0)[None, :]
+    if out.dtype.element_ty == tl.bfloat16:
         total = to_bfloat16(total)
-    place = result + row[:, None] * outputs + column[None, :]
-    tl.store(place, total.to(result.dtype.element_ty), mask=(row < rows)[:, None] & (column < outputs)[None, :])
+    place = out + row[:, None] * outputs + column[None, :]
+    tl.store(place, total.to(out.dtype.element_ty), mask=(row < rows)[:, None] & (column < outputs)[None, :])

@@ -27,7 +27,7 @@ LARGEST_CLUSTER = 8192
 ROW_BLOCK = 1024
 SCALES = 512
 # No fused multiply-adds: they round once where PyTorch's operators round twice.
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 
 
 def fits(layout: ClusterLayout) -> bool:
@@ -119,7 +119,7 @@ def _clusters_of_program(layout: ClusterLayout) -> int:
 
 
 def _sizes(layout: ClusterLayout) -> tuple[int, int]:
-    """Input channels, and clusters of an output channel: layers that differ in these alone share a compiled kernel."""
+    """Input channels, and clusters of an output channel: not compiled for, so that most layers share a kernel."""
     return layout.weight_shape[1], layout.clusters // layout.weight_shape[0]
 
 
@@ -190,6 +190,12 @@ def _rounded(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _clamped(x, LOW: tl.constexpr, HIGH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """NaN stays what it is, so that a training that diverges is seen to."""
+    return tl.where(x < LOW, LOW, tl.where(x > HIGH, HIGH, x))
+
+
+@triton.jit
 def _power_of_two(exponent):  # type: ignore[no-untyped-def]
     """Built from the bits of a float32."""
     return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
@@ -200,7 +206,7 @@ def _four_bit_codes(w, scale, CODE_LIMIT: tl.constexpr):  # type: ignore[no-unty
     """clamp(round_half_even(w / s)), 0 where s is: clamped first, which gives the same."""
     known = scale > 0
     ratio = tl.where(known, tl.div_rn(w, tl.where(known, scale, 1.0) + w * 0), 0.0)
-    return _rounded(tl.minimum(tl.maximum(ratio, -CODE_LIMIT), CODE_LIMIT))
+    return _rounded(_clamped(ratio, -CODE_LIMIT, CODE_LIMIT))
 
 
 @triton.jit
@@ -374,8 +380,7 @@ def eight_bit_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def _eight_bits(w, exponent, LOWEST_CODE: tl.constexpr, HIGHEST_CODE: tl.constexpr):  # type: ignore[no-untyped-def]
     """The nearest values of 8-bit codes, half to even: clamped first, which gives the same."""
-    ratio = tl.minimum(tl.maximum(w * _power_of_two(-exponent), LOWEST_CODE), HIGHEST_CODE)
-    return _rounded(ratio) * _power_of_two(exponent)
+    return _rounded(_clamped(w * _power_of_two(-exponent), LOWEST_CODE, HIGHEST_CODE)) * _power_of_two(exponent)
 
 
 @triton.jit

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from lowprec.numerics import straight_through
 from lowprec.numerics.fixed_point import SIGNED_8_BIT, UNSIGNED_8_BIT, CodeRange
@@ -146,3 +147,18 @@ def test_an_addend_is_added_before_the_activation_function(
         assert mine.grad.dtype == dtype
         assert torch.equal(mine.grad, theirs.grad)
     assert torch.equal(found[1], pair[1])
+
+
+def test_a_checkpoint_computes_again_what_it_did_not_keep() -> None:
+    values = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for kept in (True, False):
+        source = values.clone().requires_grad_()
+
+        def quantized(tensor: Tensor) -> Tensor:
+            return straight_through_activation(tensor * 1.0, int32(-6), SIGNED_8_BIT)
+
+        result = quantized(source) if kept else checkpoint(quantized, source, use_reentrant=False)
+        result.square().sum().backward()
+        gradients.append(source.grad)
+    assert torch.equal(*gradients)

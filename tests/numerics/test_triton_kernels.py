@@ -4,54 +4,107 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
+from types import ModuleType
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch import Tensor
 from triton_interpreter import PLACES, operators_only, running
 
-from lowprec.numerics import triton_activations, triton_kernels, triton_weights
-from lowprec.numerics.triton_kernels import KernelWarning, agrees, runs_triton
+from lowprec.numerics import triton_activations, triton_kernels, triton_products, triton_weights
+from lowprec.numerics.triton_kernels import KernelWarning, multiplies, quantizes, runs_triton
 
 
 @pytest.fixture(params=PLACES)
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """Where the kernels run; what was found out there before is forgotten."""
-    agrees.cache_clear()
+    forget()
     # What they are compared with is computed on the CPU, in the interpreter too.
     with running(request.param) as device, operators_only():
         yield torch.device(device)
-    agrees.cache_clear()
+    forget()
 
 
-def test_they_agree(device: torch.device) -> None:
-    with warnings.catch_warnings():
+def forget() -> None:
+    for asked in (quantizes, multiplies):
+        asked.cache_clear()
+
+
+class Asking(torch.autograd.Function):
+    """Asks in the middle of a step, as a quantizer does."""
+
+    answers: ClassVar[list[bool]] = []
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        Asking.answers = [quantizes(values.device), multiplies(values.device)]
+        return values.clone()
+
+
+MODES = {
+    "gradients wanted": nullcontext,
+    "none wanted": torch.no_grad,
+    "inference": torch.inference_mode,
+    "another default device": lambda: torch.device("meta"),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_they_agree_whoever_asks(mode: str, device: torch.device) -> None:
+    values = torch.zeros(1, device=device, requires_grad=True)
+    with warnings.catch_warnings(), MODES[mode]():
         warnings.simplefilter("error")
-        assert agrees(device)
+        assert quantizes(device)
+        assert multiplies(device)
+        forget()
+        Asking.apply(values)
+    assert Asking.answers == [True, True]
 
 
-@pytest.mark.parametrize("kernel", ["quantize_activation", "gradient_within"])
-def test_an_activation_that_differs_is_found(
-    kernel: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("module", "kernel", "out"),
+    [
+        (triton_activations, "quantize_activation", 5),
+        (triton_activations, "gradient_within", 2),
+        (triton_products, "multiply_codes", 6),
+    ],
+)
+def test_what_is_written_wrongly_is_found(
+    module: ModuleType, kernel: str, out: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = getattr(triton_activations, kernel)
+    right = getattr(module, kernel)
 
-    def wrong(*arguments: object, **keywords: object) -> object:
+    def wrong(*arguments: Any, **keywords: Any) -> Any:
         result = right(*arguments, **keywords)
-        # The last result of each: out.
-        out = arguments[5] if kernel == "quantize_activation" else arguments[2]
-        assert isinstance(out, torch.Tensor)
-        out[7] += 0.125
+        arguments[out].view(-1)[7] += 0.125
         return result
 
-    monkeypatch.setattr(triton_activations, kernel, wrong)
+    monkeypatch.setattr(module, kernel, wrong)
     with pytest.warns(KernelWarning, match="cannot be used on .*their results differ"):
-        assert not agrees(device)
+        assert not (multiplies if module is triton_products else quantizes)(device)
+    # One does not stand for the other.
+    assert (quantizes if module is triton_products else multiplies)(device)
 
 
-def test_a_weight_that_differs_is_found(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kernel", ["quantize_weight", "quantize_eight_bit"])
+def test_weights_that_differ_are_found(kernel: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = getattr(triton_weights, kernel)
+
+    def wrong(*arguments: Any) -> tuple[Tensor, Tensor]:
+        values, exponents = right(*arguments)
+        return values, exponents + 1
+
+    monkeypatch.setattr(triton_weights, kernel, wrong)
+    with pytest.warns(KernelWarning, match="their results differ"):
+        assert not quantizes(device)
+
+
+def test_scales_that_do_not_follow_are_found(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_weights, "descend", lambda *arguments: None)
     with pytest.warns(KernelWarning, match="their results differ"):
-        assert not agrees(device)
+        assert not quantizes(device)
 
 
 def test_kernels_that_cannot_be_built_are_done_without(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,20 +112,22 @@ def test_kernels_that_cannot_be_built_are_done_without(device: torch.device, mon
         raise RuntimeError("Failed to find C compiler.\nPlease specify one")
 
     monkeypatch.setattr(triton_activations, "quantize_activation", fail)
-    with pytest.warns(KernelWarning, match=r"\(RuntimeError: Failed to find C compiler\.\).*gcc, python3-dev"):
-        assert not agrees(device)
+    with pytest.warns(
+        KernelWarning, match=r"\(RuntimeError: Failed to find C compiler\.\).*gcc, libc6-dev, python3-dev"
+    ):
+        assert not quantizes(device)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not agrees(device)  # said once
+        assert not quantizes(device)  # said once
 
 
 def test_without_triton_there_is_nothing_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    agrees.cache_clear()
+    forget()
     monkeypatch.setattr(triton_kernels, "find_spec", lambda name: None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not agrees(torch.device("cpu"))
-    agrees.cache_clear()
+        assert not quantizes(torch.device("cpu"))
+    forget()
 
 
 def test_a_cpu_has_its_own_operators() -> None:

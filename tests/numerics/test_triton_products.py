@@ -45,8 +45,9 @@ def test_products_are_exact(
     bias = torch.randn(outputs, generator=generator) if biased else None
     exponent = torch.tensor(-7, dtype=torch.int32)
     given = [None if tensor is None else tensor.to(device) for tensor in (values, weight, bias, exponent, exponents)]
-    found = multiply_codes(*given, offset, dtype)  # type: ignore[arg-type]
-    assert found.dtype == dtype
+    given[1] = weight.to(device, dtype)
+    found = torch.empty(rows, outputs, dtype=dtype, device=device)
+    multiply_codes(*given, offset, found)  # type: ignore[arg-type]
     assert torch.equal(found.cpu(), exact(values, weight, bias, dtype))
 
 
@@ -58,13 +59,28 @@ def test_rows_may_lie_anywhere(device: str) -> None:
     zero, zeros = torch.tensor(0, dtype=torch.int32), torch.zeros(8, dtype=torch.int32)
     transposed = values.T.contiguous().T
     assert transposed.stride() == (1, 40)
-    found = multiply_codes(
-        transposed.to(device), weight.T.to(device), None, zero.to(device), zeros.to(device), 128, torch.float32
-    )
+    found = torch.empty(40, 8, device=device)
+    multiply_codes(transposed.to(device), weight.T.to(device), None, zero.to(device), zeros.to(device), 128, found)
     assert torch.equal(found.cpu(), values @ weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_spoils_its_row_or_column(dtype: torch.dtype, device: str) -> None:
+    """Codes are integers, which have no NaN: a training that diverges has to be seen to."""
+    values, weight = torch.ones(5, 70, dtype=dtype), torch.ones(3, 70, dtype=dtype)
+    values[1, 69], weight[2, 0] = torch.nan, torch.nan
+    zero, zeros = torch.tensor(0, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
+    out = torch.empty(5, 3, dtype=dtype, device=device)
+    given = [tensor.to(device) for tensor in (values, weight, zero, zeros)]
+    multiply_codes(given[0], given[1], None, given[2], given[3], 128, out)
+    wanted = torch.full((5, 3), 70.0, dtype=dtype)
+    wanted[1], wanted[:, 2] = torch.nan, torch.nan
+    torch.testing.assert_close(out.cpu(), wanted, rtol=0, atol=0, equal_nan=True)
 
 
 def test_no_rows(device: str) -> None:
     nothing, weight = torch.zeros(0, 4, device=device), torch.zeros(3, 4, device=device)
     zeros = torch.zeros(3, dtype=torch.int32, device=device)
-    assert multiply_codes(nothing, weight, None, zeros[0], zeros, 0, torch.float32).shape == (0, 3)
+    out = torch.empty(0, 3, device=device)
+    multiply_codes(nothing, weight, None, zeros[0], zeros, 0, out)
+    assert out.shape == (0, 3)

@@ -131,3 +131,17 @@ def test_what_the_kernels_do_not_take_goes_to_operators(device: str, monkeypatch
         quantizer.solve(weight, "layer")
         quantizer.to(device).descend(weight.to(device))
         assert quantizer.with_exponents(weight.to(device))[0].shape == weight.shape
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_nan_is_not_lost(bits: int, device: str) -> None:
+    """A training that diverges has to be seen to."""
+    weight = torch.randn(3, 8, 3, 3, generator=torch.Generator().manual_seed(0))
+    quantizer = WeightQuantizer((3, 8, 3, 3), WeightScheme(bits=bits, cluster_size=4))
+    quantizer.solve(weight, "layer")
+    quantizer.to(device)
+    weight[1, 5, 2, 0] = torch.nan
+    quantizer.descend(weight.to(device))
+    values = quantizer.with_exponents(weight.to(device))[0].cpu()
+    assert values[1, 5, 2, 0].isnan()
+    assert values[[0, 2]].isfinite().all()
