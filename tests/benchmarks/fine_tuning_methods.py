@@ -295,9 +295,14 @@ def learned_exponents(rate: float) -> Method:
         original = ActivationQuantizer.forward
 
         def forward(
-            quantizer: ActivationQuantizer, values: Tensor, activation: str = "", overwrite: bool = False
+            quantizer: ActivationQuantizer,
+            values: Tensor,
+            activation: str = "",
+            overwrite: bool = False,
+            *,
+            addend: Tensor | None = None,
         ) -> Tensor:
-            values = activate(values, activation)
+            values = activate(values if addend is None else values + addend, activation)
             if not quantizer.training or quantizer not in learned:
                 return original(quantizer, values)
             return _LearnedExponent.apply(values, learned[quantizer], quantizer.codes.low, quantizer.codes.high)
