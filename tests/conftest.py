@@ -24,7 +24,7 @@ from lowprec.run.compose import compose_run
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG_FOLDER = REPOSITORY / "conf"
 # PyTorch for CPUs alone, and for some systems, comes without Triton.
-collect_ignore_glob = [] if find_spec("triton") else ["*/test_triton_*.py"]
+collect_ignore_glob = [] if find_spec("triton") else ["*/test_triton_*.py", "*/test_step_traffic.py"]
 
 
 def compose(*overrides: str) -> RunConfig:
