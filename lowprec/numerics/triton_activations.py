@@ -66,13 +66,13 @@ def gradient_within(gradient: Tensor, mask: Tensor, out: Tensor) -> None:
 
 
 @triton.jit
-def quantize_kernel(  # type: ignore[no-untyped-def]
-    values,
-    addend,
-    out,
-    mask,
-    exponent,
-    size,
+def quantize_kernel(
+    values: tl.tensor,
+    addend: tl.tensor,
+    out: tl.tensor,
+    mask: tl.tensor,
+    exponent: tl.tensor,
+    size: tl.tensor,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     LEAST: tl.constexpr,
@@ -83,7 +83,7 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
     ACTIVATION: tl.constexpr,
     MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     """One program: BLOCK elements as they lie in memory."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     places = start + tl.arange(0, BLOCK)
@@ -120,7 +120,7 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def to_bfloat16(x):  # type: ignore[no-untyped-def]
+def to_bfloat16(x: tl.tensor) -> tl.tensor:
     """Rounds a float32 as a sum in bfloat16 is, half to even, by its bits: Triton's interpreter would cut them off."""
     bits = x.to(tl.uint32, bitcast=True)
     bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
@@ -128,7 +128,7 @@ def to_bfloat16(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def gradient_kernel(gradient, out, mask, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def gradient_kernel(gradient: tl.tensor, out: tl.tensor, mask: tl.tensor, size: tl.tensor, BLOCK: tl.constexpr) -> None:
     """One program: BLOCK elements as they lie in memory."""
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     exists = places < size

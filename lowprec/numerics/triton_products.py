@@ -62,24 +62,24 @@ def constants_of(dtype: torch.dtype, offset: int, biased: bool) -> dict[str, int
 
 
 @triton.jit
-def product_kernel(  # type: ignore[no-untyped-def]
-    values,
-    weight,
-    weight_sums,
-    bias,
-    out,
-    exponent,
-    weight_exponent,
-    rows,
-    outputs,
-    inputs,
-    values_m,
+def product_kernel(
+    values: tl.tensor,
+    weight: tl.tensor,
+    weight_sums: tl.tensor,
+    bias: tl.tensor,
+    out: tl.tensor,
+    exponent: tl.tensor,
+    weight_exponent: tl.tensor,
+    rows: tl.tensor,
+    outputs: tl.tensor,
+    inputs: tl.tensor,
+    values_m: tl.tensor,
     OFFSET: tl.constexpr,
     BIASED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     SUMMANDS: tl.constexpr,
-):
+) -> None:
     """One program: ROWS x COLUMNS of the result; those of the same rows follow each other, and find them in the cache."""
     columns = tl.cdiv(outputs, COLUMNS)
     row = (tl.program_id(0) // columns).to(tl.int64) * ROWS + tl.arange(0, ROWS)

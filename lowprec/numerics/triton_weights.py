@@ -149,15 +149,15 @@ def constants_of_format(threshold: Tensor | None) -> dict[str, int]:
 
 
 @triton.jit
-def _places(  # type: ignore[no-untyped-def]
-    channels,
-    clusters,
+def _places(
+    channels: tl.tensor,
+    clusters: tl.tensor,
     POSITIONS: tl.constexpr,
     MEMBERS: tl.constexpr,
     SHARED: tl.constexpr,
     CLUSTER_BLOCK: tl.constexpr,
     MEMBER_BLOCK: tl.constexpr,
-):
+) -> tl.tensor:
     """The program's clusters [C], and of its weights [C, M] the input channel, the position, and whether they exist."""
     cluster = tl.program_id(1) * CLUSTER_BLOCK + tl.arange(0, CLUSTER_BLOCK)
     member = tl.arange(0, MEMBER_BLOCK)[None, :]
@@ -173,9 +173,14 @@ def _places(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _places_of_scales(  # type: ignore[no-untyped-def]
-    cluster, scale_o, scale_g, scale_p, POSITIONS: tl.constexpr, SHARED: tl.constexpr
-):
+def _places_of_scales(
+    cluster: tl.tensor,
+    scale_o: tl.tensor,
+    scale_g: tl.tensor,
+    scale_p: tl.tensor,
+    POSITIONS: tl.constexpr,
+    SHARED: tl.constexpr,
+) -> tl.tensor:
     """Where the scales of these clusters of the program's output channel lie."""
     row = tl.program_id(0).to(tl.int64) * scale_o
     if SHARED:
@@ -184,25 +189,25 @@ def _places_of_scales(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _rounded(x):  # type: ignore[no-untyped-def]
+def _rounded(x: tl.tensor) -> tl.tensor:
     """Half to even, below 2^22: the last place of 1.5 · 2^23 is one."""
     return (x + 12582912.0) - 12582912.0
 
 
 @triton.jit
-def _clamped(x, LOW: tl.constexpr, HIGH: tl.constexpr):  # type: ignore[no-untyped-def]
+def _clamped(x: tl.tensor, LOW: tl.constexpr, HIGH: tl.constexpr) -> tl.tensor:
     """NaN stays what it is, so that a training that diverges is seen to."""
     return tl.where(x < LOW, LOW, tl.where(x > HIGH, HIGH, x))
 
 
 @triton.jit
-def _power_of_two(exponent):  # type: ignore[no-untyped-def]
+def _power_of_two(exponent: tl.tensor) -> tl.tensor:
     """Built from the bits of a float32."""
     return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _four_bit_codes(w, scale, CODE_LIMIT: tl.constexpr):  # type: ignore[no-untyped-def]
+def _four_bit_codes(w: tl.tensor, scale: tl.tensor, CODE_LIMIT: tl.constexpr) -> tl.tensor:
     """clamp(round_half_even(w / s)), 0 where s is: clamped first, which gives the same."""
     known = scale > 0
     ratio = tl.where(known, tl.div_rn(w, tl.where(known, scale, 1.0) + w * 0), 0.0)
@@ -210,18 +215,18 @@ def _four_bit_codes(w, scale, CODE_LIMIT: tl.constexpr):  # type: ignore[no-unty
 
 
 @triton.jit
-def descend_kernel(  # type: ignore[no-untyped-def]
-    weight,
-    scale,
-    threshold,
-    stride_o,
-    stride_i,
-    stride_p,
-    scale_o,
-    scale_g,
-    scale_p,
-    channels,
-    clusters,
+def descend_kernel(
+    weight: tl.tensor,
+    scale: tl.tensor,
+    threshold: tl.tensor,
+    stride_o: tl.tensor,
+    stride_i: tl.tensor,
+    stride_p: tl.tensor,
+    scale_o: tl.tensor,
+    scale_g: tl.tensor,
+    scale_p: tl.tensor,
+    channels: tl.tensor,
+    clusters: tl.tensor,
     POSITIONS: tl.constexpr,
     MEMBERS: tl.constexpr,
     SHARED: tl.constexpr,
@@ -229,7 +234,7 @@ def descend_kernel(  # type: ignore[no-untyped-def]
     CODE_LIMIT: tl.constexpr,
     CLUSTER_BLOCK: tl.constexpr,
     MEMBER_BLOCK: tl.constexpr,
-):
+) -> None:
     """One program: some clusters of one output channel."""
     row = tl.program_id(0).to(tl.int64)
     cluster, channel, position, exists = _places(
@@ -260,23 +265,23 @@ def descend_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def quantize_kernel(  # type: ignore[no-untyped-def]
-    weight,
-    scale,
-    threshold,
-    quantized,
-    exponents,
-    stride_o,
-    stride_i,
-    stride_p,
-    scale_o,
-    scale_g,
-    scale_p,
-    channels,
-    clusters,
-    to_o,
-    to_i,
-    to_p,
+def quantize_kernel(
+    weight: tl.tensor,
+    scale: tl.tensor,
+    threshold: tl.tensor,
+    quantized: tl.tensor,
+    exponents: tl.tensor,
+    stride_o: tl.tensor,
+    stride_i: tl.tensor,
+    stride_p: tl.tensor,
+    scale_o: tl.tensor,
+    scale_g: tl.tensor,
+    scale_p: tl.tensor,
+    channels: tl.tensor,
+    clusters: tl.tensor,
+    to_o: tl.tensor,
+    to_i: tl.tensor,
+    to_p: tl.tensor,
     POSITIONS: tl.constexpr,
     MEMBERS: tl.constexpr,
     SHARED: tl.constexpr,
@@ -289,7 +294,7 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
     LOWEST: tl.constexpr,
     HIGHEST: tl.constexpr,
     SCALES: tl.constexpr,
-):
+) -> None:
     """One program: some clusters of one output channel, whose exponent each of its programs finds for itself."""
     row = tl.program_id(0).to(tl.int64)
     largest = tl.zeros((SCALES,), tl.float32)
@@ -320,9 +325,7 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _exponent_for(  # type: ignore[no-untyped-def]
-    largest, LIMIT: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr
-):
+def _exponent_for(largest: tl.tensor, LIMIT: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr) -> tl.tensor:
     """:func:`lowprec.numerics.fixed_point.exponent_for` of one float32."""
     wide = largest.to(tl.float64)
     exponent = ((wide / LIMIT).to(tl.int64, bitcast=True) >> 52) - 1022
@@ -336,17 +339,17 @@ def _exponent_for(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def eight_bit_kernel(  # type: ignore[no-untyped-def]
-    weight,
-    quantized,
-    exponents,
-    size,
+def eight_bit_kernel(
+    weight: tl.tensor,
+    quantized: tl.tensor,
+    exponents: tl.tensor,
+    size: tl.tensor,
     LOWEST_CODE: tl.constexpr,
     HIGHEST_CODE: tl.constexpr,
     LOWEST: tl.constexpr,
     HIGHEST: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     """One program: an output channel, of ``size`` weights that lie together."""
     row = tl.program_id(0).to(tl.int64) * size
     largest = tl.zeros((BLOCK,), tl.float32)
@@ -378,12 +381,14 @@ def eight_bit_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _eight_bits(w, exponent, LOWEST_CODE: tl.constexpr, HIGHEST_CODE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _eight_bits(w: tl.tensor, exponent: tl.tensor, LOWEST_CODE: tl.constexpr, HIGHEST_CODE: tl.constexpr) -> tl.tensor:
     """The nearest values of 8-bit codes, half to even: clamped first, which gives the same."""
     return _rounded(_clamped(w * _power_of_two(-exponent), LOWEST_CODE, HIGHEST_CODE)) * _power_of_two(exponent)
 
 
 @triton.jit
-def _squared_error(w, exponent, LOWEST_CODE: tl.constexpr, HIGHEST_CODE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _squared_error(
+    w: tl.tensor, exponent: tl.tensor, LOWEST_CODE: tl.constexpr, HIGHEST_CODE: tl.constexpr
+) -> tl.tensor:
     error = _eight_bits(w, exponent, LOWEST_CODE, HIGHEST_CODE) - w
     return error * error
