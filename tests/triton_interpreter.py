@@ -14,10 +14,10 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from lowprec.layers import tensor_core_product, weights
-from lowprec.numerics import straight_through, triton_activations, triton_products, triton_weights
+from lowprec.numerics import straight_through, triton_activations, triton_arithmetic, triton_products, triton_weights
 
 # In the order in which they use each other.
-MODULES = (triton_activations, triton_products, triton_weights)
+MODULES = (triton_arithmetic, triton_activations, triton_products, triton_weights)
 USERS = (straight_through, weights, tensor_core_product)
 # Where the kernels run: the interpreter anywhere, and a GPU where there is one.
 PLACES = ["interpreter", *([pytest.param("gpu", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowprec.numerics.triton_arithmetic import clamp, power_of_two, round_to_multiples, to_bfloat16
+
 # Elements of a program; eight of bfloat16 are what a thread loads at once.
 BLOCK = 2048
 WARPS = 4
@@ -94,8 +96,7 @@ def quantize_kernel(
         x += tl.load(addend + places, mask=exists, other=0.0).to(tl.float32)
         if loaded.dtype == tl.bfloat16:
             x = to_bfloat16(x)
-    # 2^exponent, from the bits of a float32.
-    unit = ((tl.load(exponent) + 127) << 23).to(tl.float32, bitcast=True)
+    unit = power_of_two(tl.load(exponent))
     smallest = LOW * unit
     largest = HIGH * unit
     least = LEAST * unit
@@ -106,25 +107,13 @@ def quantize_kernel(
     if ACTIVATION == 2:
         largest = tl.minimum(largest, 6.0)
         most = tl.minimum(most, BELOW_SIX)
-    # Comparisons with NaN are false: it stays what it is, without a gradient.
-    clamped = tl.where(x < smallest, smallest, tl.where(x > largest, largest, x))
-    # 1.5 · 2^23 · s: its last place is s, so that adding it rounds, half to even.
-    multiple = 12582912.0 * unit
-    rounded = (clamped + multiple) - multiple
+    rounded = round_to_multiples(clamp(x, smallest, largest), unit)
     tl.store(out + places, rounded.to(loaded.dtype), mask=exists)
     if MASKED:
         inside = ((x >= least) & (x <= most)).to(tl.int32)
         bits = tl.sum(tl.reshape(inside, (BLOCK // 8, 8)) << tl.arange(0, 8)[None, :], axis=1)
         byte = start // 8 + tl.arange(0, BLOCK // 8)
         tl.store(mask + byte, bits.to(tl.uint8), mask=byte * 8 < size)
-
-
-@triton.jit
-def to_bfloat16(x: tl.tensor) -> tl.tensor:
-    """Rounds a float32 as a sum in bfloat16 is, half to even, by its bits: Triton's interpreter would cut them off."""
-    bits = x.to(tl.uint32, bitcast=True)
-    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
 
 
 @triton.jit

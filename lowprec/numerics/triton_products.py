@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowprec.numerics.triton_activations import to_bfloat16
+from lowprec.numerics.triton_arithmetic import power_of_two, to_bfloat16
 
 # Rows and columns of a program, and bytes of summands that it loads at once: two such stages and the codes that are made of them
 # fit 99 KiB, what the smallest of today's GPUs have for a program.
@@ -25,7 +25,8 @@ def multiply_codes(
     offset: int,
     out: Tensor,
 ) -> None:
-    """Writes values · weightᵀ + bias to ``out`` [M, O], float32 or bfloat16, contiguous: the exact sums, rounded once.
+    """Writes values · weightᵀ + bias to ``out`` [M, O], float32 or bfloat16, contiguous: the exact sums,
+    rounded once, or with a bias to float32 and then to the dtype.
 
     values: [M, I], multiples of 2^exponent, whose codes are integers of offset - 128 … offset + 127; weight: [O, I], integers of
     -128 … 127 times 2^weight_exponent [O]; both of one dtype, bfloat16 or float32. bias: [O], float32. exponent and
@@ -87,9 +88,9 @@ def product_kernel(
     summand = tl.arange(0, SUMMANDS)
     unit = tl.load(exponent)
     units = tl.load(weight_exponent + column, mask=column < outputs, other=0)
-    # From the bits of a float32: 2^-e makes integers of multiples.
-    to_codes = ((127 - unit) << 23).to(tl.float32, bitcast=True)
-    to_integers = ((127 - units) << 23).to(tl.float32, bitcast=True)
+    # They make integers of multiples.
+    to_codes = power_of_two(-unit)
+    to_integers = power_of_two(-units)
     sums = tl.zeros((ROWS, COLUMNS), tl.int32)
     # Zeros, or NaN, which no integer says.
     poison = tl.zeros((ROWS,), tl.float32)
@@ -114,8 +115,8 @@ def product_kernel(
     # What was taken off the codes, OFFSET, counts as often as there are weights.
     total = (sums + ((of_weights * to_integers).to(tl.int32) * OFFSET)[None, :]).to(tl.float32)
     # Two factors: each is a normal number whatever the exponents.
-    total = total * ((unit + 127) << 23).to(tl.float32, bitcast=True)
-    total = total * ((units + 127) << 23).to(tl.float32, bitcast=True)[None, :]
+    total = total * power_of_two(unit)
+    total = total * power_of_two(units)[None, :]
     if BIASED:
         total += tl.load(bias + column, mask=column < outputs, other=0.0)[None, :]
     total += poison[:, None] + (of_weights * 0.0)[None, :]

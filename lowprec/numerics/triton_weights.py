@@ -18,6 +18,7 @@ from lowprec.numerics.fixed_point import MAXIMUM_EXPONENT, MINIMUM_EXPONENT
 from lowprec.numerics.fixed_point import SIGNED_8_BIT as EIGHT_BIT_CODES
 from lowprec.numerics.memory import is_dense
 from lowprec.numerics.solvers import FOUR_BIT_LIMIT
+from lowprec.numerics.triton_arithmetic import clamp, power_of_two, round_half_even
 
 # Weights of a program, several clusters; one cluster of more is a program's own.
 BLOCK = 2048
@@ -189,29 +190,11 @@ def _places_of_scales(
 
 
 @triton.jit
-def _rounded(x: tl.tensor) -> tl.tensor:
-    """Half to even, below 2^22: the last place of 1.5 · 2^23 is one."""
-    return (x + 12582912.0) - 12582912.0
-
-
-@triton.jit
-def _clamped(x: tl.tensor, LOW: tl.constexpr, HIGH: tl.constexpr) -> tl.tensor:
-    """NaN stays what it is, so that a training that diverges is seen to."""
-    return tl.where(x < LOW, LOW, tl.where(x > HIGH, HIGH, x))
-
-
-@triton.jit
-def _power_of_two(exponent: tl.tensor) -> tl.tensor:
-    """Built from the bits of a float32."""
-    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def _four_bit_codes(w: tl.tensor, scale: tl.tensor, CODE_LIMIT: tl.constexpr) -> tl.tensor:
     """clamp(round_half_even(w / s)), 0 where s is: clamped first, which gives the same."""
     known = scale > 0
     ratio = tl.where(known, tl.div_rn(w, tl.where(known, scale, 1.0) + w * 0), 0.0)
-    return _rounded(_clamped(ratio, -CODE_LIMIT, CODE_LIMIT))
+    return round_half_even(clamp(ratio, -CODE_LIMIT, CODE_LIMIT))
 
 
 @triton.jit
@@ -312,15 +295,15 @@ def quantize_kernel(
     w = w.to(tl.float32)
     place = _places_of_scales(cluster, scale_o, scale_g, scale_p, POSITIONS, SHARED)
     own = tl.load(scale + place, mask=cluster < clusters, other=0.0)
-    mantissa = _rounded(own * _power_of_two(SHIFT - exponent))
+    mantissa = round_half_even(own * power_of_two(SHIFT - exponent))
     if TERNARY:
         reach = tl.load(threshold + place, mask=cluster < clusters, other=0.0)
         support = tl.abs(w) >= reach[:, None]
         effective = tl.where(support & (w > 0), 1.0, tl.where(support & (w < 0), -1.0, 0.0)) * mantissa[:, None]
     else:
         codes = _four_bit_codes(w, own[:, None], CODE_LIMIT)
-        effective = _rounded(codes * (mantissa * _power_of_two(exponent * 0 - SHIFT))[:, None])
-    value = effective * _power_of_two(exponent)
+        effective = round_half_even(codes * (mantissa * power_of_two(exponent * 0 - SHIFT))[:, None])
+    value = effective * power_of_two(exponent)
     tl.store(quantized + row * to_o + channel * to_i + position * to_p, value, mask=exists)
 
 
@@ -383,7 +366,7 @@ def eight_bit_kernel(
 @triton.jit
 def _eight_bits(w: tl.tensor, exponent: tl.tensor, LOWEST_CODE: tl.constexpr, HIGHEST_CODE: tl.constexpr) -> tl.tensor:
     """The nearest values of 8-bit codes, half to even: clamped first, which gives the same."""
-    return _rounded(_clamped(w * _power_of_two(-exponent), LOWEST_CODE, HIGHEST_CODE)) * _power_of_two(exponent)
+    return round_half_even(clamp(w * power_of_two(-exponent), LOWEST_CODE, HIGHEST_CODE)) * power_of_two(exponent)
 
 
 @triton.jit
