@@ -95,8 +95,7 @@ class _TensorCoreProduct(torch.autograd.Function):
             result = torch.empty(shape, dtype=dtype, device=values.device, memory_format=torch.channels_last)
             rows, out = (images.permute(0, 2, 3, 1).flatten(0, 2) for images in (values, result))
         bias = None if bias is None else bias.to(dtype).float()  # as autocast would have it
-        offset = 0 if source.signed else 128
-        multiply_codes(rows, weight.flatten(1), bias, source.exponent, exponent, offset, out)
+        multiply_codes(rows, weight.flatten(1), bias, source.exponent, exponent, source.int8_offset, out)
         return result
 
     @staticmethod

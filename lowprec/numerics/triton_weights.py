@@ -158,7 +158,7 @@ def _places(
     SHARED: tl.constexpr,
     CLUSTER_BLOCK: tl.constexpr,
     MEMBER_BLOCK: tl.constexpr,
-) -> tl.tensor:
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """The program's clusters [C], and of its weights [C, M] the input channel, the position, and whether they exist."""
     cluster = tl.program_id(1) * CLUSTER_BLOCK + tl.arange(0, CLUSTER_BLOCK)
     member = tl.arange(0, MEMBER_BLOCK)[None, :]
