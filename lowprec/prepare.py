@@ -30,6 +30,7 @@ from lowprec.layers import (
     QuantizedLinear,
     QuantizedLookup,
     QuantizedMatmul,
+    QuantizedMaxPool2d,
     QuantizedMultiply,
     QuantizedReLU,
     QuantizedUpsample,
@@ -247,7 +248,7 @@ class _Builder:
 
     def _build_max_pool(self, operation: Operation) -> None:
         name = self._free_name(operation, "max_pool")
-        self._replace(operation, name, operation.options["module"], self._source(operation))
+        self._replace(operation, name, QuantizedMaxPool2d.of(operation.options["module"]), self._source(operation))
 
     def _build_relu(self, operation: Operation) -> None:
         module = QuantizedReLU(operation.activation, self._source(operation))

@@ -51,6 +51,7 @@ from lowprec.layers import (
     QuantizedLinear,
     QuantizedLookup,
     QuantizedMatmul,
+    QuantizedMaxPool2d,
     QuantizedMultiply,
     QuantizedReLU,
     QuantizedUpsample,
@@ -210,7 +211,7 @@ _MAKERS: dict[type[nn.Module], Callable[[Any, list[Grid]], IntegerOperator]] = {
     QuantizedUpsample: lambda module, inputs: IntegerBilinear(inputs[0], _grid(module.quantizer), module.factors),
     QuantizedMatmul: lambda module, inputs: IntegerMatmul(inputs[0], inputs[1], _grid(module.quantizer)),
     QuantizedFloatOperator: _float_operator,
-    nn.MaxPool2d: _max_pool,
+    QuantizedMaxPool2d: _max_pool,
     nn.Flatten: lambda module, inputs: IntegerFlatten(inputs[0]),
 }
 

@@ -11,7 +11,7 @@ from lowprec.layers.attention import QuantizedFloatOperator, QuantizedMatmul
 from lowprec.layers.elementwise import QuantizedAdd, QuantizedConcatenation, QuantizedMultiply, QuantizedReLU
 from lowprec.layers.linear import QuantizedBatchNorm2d, QuantizedConv2d, QuantizedLayer, QuantizedLinear
 from lowprec.layers.lookup import QuantizedLookup
-from lowprec.layers.pooling import QuantizedAveragePool, QuantizedUpsample
+from lowprec.layers.pooling import QuantizedAveragePool, QuantizedMaxPool2d, QuantizedUpsample
 
 __all__ = [
     "ActivationQuantizer",
@@ -25,6 +25,7 @@ __all__ = [
     "QuantizedLinear",
     "QuantizedLookup",
     "QuantizedMatmul",
+    "QuantizedMaxPool2d",
     "QuantizedMultiply",
     "QuantizedReLU",
     "QuantizedUpsample",

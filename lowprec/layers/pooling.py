@@ -1,15 +1,60 @@
-"""Fake-quant average pooling, and upsampling between pixels."""
+"""Fake-quant pooling, and upsampling between pixels."""
 
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from lowprec.layers.activations import ActivationQuantizer
 from lowprec.numerics.pooling import window_sizes
+
+
+class QuantizedMaxPool2d(nn.MaxPool2d):
+    """Max pooling of an 8-bit tensor, whose results are on its grid; see :class:`MaxPool` for what a training step keeps."""
+
+    @classmethod
+    def of(cls, pool: nn.MaxPool2d) -> QuantizedMaxPool2d:
+        """The same pooling as ``pool``, one without ``return_indices``."""
+        return cls(pool.kernel_size, pool.stride, pool.padding, pool.dilation, ceil_mode=pool.ceil_mode)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H', W']."""
+        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and input.requires_grad):
+            result: Tensor = super().forward(input)
+        else:
+            geometry = (self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
+            result = MaxPool.apply(input, geometry)
+        return result
+
+
+class MaxPool(torch.autograd.Function):
+    """Max pooling [B, C, H, W] that keeps less for the backward pass: the places of the maxima, in 16 or 32 bits, and no input.
+
+    Equation and gradient are those of ``torch.nn.functional.max_pool2d``, whose operators compute both: y is the largest x of a
+    window, and ∂L/∂y goes to where it was found. They keep the input, and 64 bits a place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, geometry: tuple[Any, ...]) -> Tensor:
+        result, places = torch.ops.aten.max_pool2d_with_indices.default(values, *geometry)
+        fits = values.shape[-2:].numel() <= 1 << 15
+        ctx.save_for_backward(places.to(torch.int16 if fits else torch.int32))
+        ctx.geometry, ctx.shape, ctx.strides = geometry, values.shape, values.stride()
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (places,) = ctx.saved_tensors
+        # Of its input the operator asks shape and strides alone.
+        like = torch.empty_strided(ctx.shape, ctx.strides, dtype=gradient.dtype, device=gradient.device)
+        backward = torch.ops.aten.max_pool2d_with_indices_backward.default
+        return backward(gradient, like, *ctx.geometry, places.long()), None
 
 
 class QuantizedAveragePool(nn.Module):

@@ -119,27 +119,29 @@ class WeightQuantizer(nn.Module):
         return self.layout.merge(self._cluster_codes(self.layout.split(weight.detach().float()), ALL))
 
     def forward(self, weight: Tensor) -> Tensor:
-        """c · 2^e, the weights with rounded mantissas that training multiplies; float32, shape of ``weight``.
+        """c · 2^e, the weights with rounded mantissas that training multiplies; shape of ``weight``.
 
-        Gradient: straight through to ``weight``, unclipped.
+        In its dtype, or under autocast to bfloat16, which holds them exactly, in that of the products. Gradient: straight
+        through to ``weight``, unclipped.
         """
         return self.with_exponents(weight)[0]
 
     def with_exponents(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """What :meth:`forward` gives, and its exponents e [O], int32: c are integers of -128 … 127."""
+        dtype = _dtype_of_products(weight)
         with torch.no_grad():
             if self._fused(weight):
                 from lowprec.numerics.triton_weights import quantize_eight_bit, quantize_weight
 
                 if self.scheme.bits == 8:
-                    quantized, exponent = quantize_eight_bit(weight)
+                    quantized, exponent = quantize_eight_bit(weight, dtype)
                 else:
-                    quantized, exponent = quantize_weight(weight, self.scale, self._threshold, self.layout)
+                    quantized, exponent = quantize_weight(weight, self.scale, self._threshold, self.layout, dtype)
             else:
-                quantized = torch.empty_like(weight, dtype=torch.float32)
+                quantized = torch.empty_like(weight, dtype=dtype)
                 blocks = self._blocks(weight)
                 exponent = torch.cat([self._quantize(weight.detach()[rows], rows, quantized[rows]) for rows in blocks])
-        return straight_through_weight(weight, quantized.to(weight.dtype)), exponent
+        return straight_through_weight(weight, quantized), exponent
 
     def fold(self, weight: Tensor, gain: Tensor | None, exponent_floor: Tensor | None) -> FoldedWeights:
         """Codes, mantissas and exponents with a gain per output channel [O] folded into the scales.
@@ -235,6 +237,19 @@ class WeightQuantizer(nn.Module):
         clusters = f"{self.layout.clusters} clusters of {self.layout.weights_per_cluster}"
         bits = "2 + 2" if self.scheme.planes == 2 else str(self.scheme.bits)
         return f"{bits} bits, {clusters} ({self.scheme.layout}, {self.scheme.solver})"
+
+
+def _dtype_of_products(weight: Tensor) -> torch.dtype:
+    """That of ``weight``, or where autocast would round it to bfloat16, bfloat16: another copy for each layer less."""
+    kind = weight.device.type
+    if (
+        weight.dtype != torch.float32
+        or not torch.amp.is_autocast_available(kind)
+        or not torch.is_autocast_enabled(kind)
+    ):
+        return weight.dtype
+    dtype = torch.get_autocast_dtype(kind)
+    return dtype if dtype == torch.bfloat16 else weight.dtype
 
 
 def bias_exponent_floor(bias: Tensor, input_exponent: Tensor) -> Tensor:

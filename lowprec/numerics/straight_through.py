@@ -25,17 +25,19 @@ PARTS = 32
 class StraightThroughWeight(torch.autograd.Function):
     """Stands a quantized weight in for its latent one.
 
-    Equation: y = ŵ. Gradient: ∂L/∂w = ∂L/∂y, unclipped, wherever w lies; nothing flows into ŵ. Source: arXiv 1705.01462.
+    Equation: y = ŵ. Gradient: ∂L/∂w = ∂L/∂y in the dtype of w, unclipped, wherever w lies; nothing flows into ŵ. Source:
+    arXiv 1705.01462.
     """
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, quantized: Tensor) -> Tensor:
+        ctx.dtype = weight.dtype
         return quantized.view_as(quantized)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
+        return gradient.to(ctx.dtype), None
 
 
 class StraightThroughActivation(torch.autograd.Function):

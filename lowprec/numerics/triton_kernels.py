@@ -7,7 +7,7 @@ autograd function, or where no gradient is wanted.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
 
@@ -28,6 +28,7 @@ from lowprec.numerics.solvers import (
 )
 
 CPU = torch.device("cpu")
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 class KernelWarning(UserWarning):
@@ -80,7 +81,7 @@ def _activations_agree(device: torch.device) -> bool:
 
     exponent = torch.tensor(-3, dtype=torch.int32, device=CPU)
     agree = []
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in DTYPES:
         # Quarters of a code: ties, and both sides of the range.
         values = (torch.arange(-600, 600, device=CPU) / 32).to(dtype)
         addend = values.flip(0) / 16
@@ -115,7 +116,6 @@ def _clusters_agree(device: torch.device, bits: int) -> bool:
     on_device, found_scale = weight.to(device), scale.to(device, copy=True)
     found_threshold = None if threshold is None else threshold.to(device, copy=True)
     descend(on_device, found_scale, found_threshold, layout)
-    values, exponents = quantize_weight(on_device, found_scale, found_threshold, layout)
     if threshold is None:
         scale = descend_four_bit(w_OGNP, scale, layout)
         codes = four_bit_codes(w_OGNP, scale)
@@ -125,7 +125,8 @@ def _clusters_agree(device: torch.device, bits: int) -> bool:
     exponent = channel_exponents(scale, bits)
     effective = effective_codes(codes, mantissas(scale, exponent, bits), bits)
     wanted = layout.merge(dequantize(effective, exponent.view(-1, 1, 1, 1)))
-    return torch.equal(values.cpu(), wanted) and torch.equal(exponents.cpu(), exponent)
+    found = [quantize_weight(on_device, found_scale, found_threshold, layout, dtype) for dtype in DTYPES]
+    return _all_are(found, wanted, exponent)
 
 
 def _ternary_agrees(device: torch.device) -> bool:
@@ -140,17 +141,24 @@ def _eight_bits_agree(device: torch.device) -> bool:
     from lowprec.numerics.triton_weights import quantize_eight_bit
 
     weight, _ = _weights()
-    values, exponents = quantize_eight_bit(weight.to(device))
+    found = [quantize_eight_bit(weight.to(device), dtype) for dtype in DTYPES]
     exponent = solve_eight_bit(weight)
-    wanted = dequantize(eight_bit_codes(weight, exponent), exponent.view(-1, 1, 1, 1))
-    return torch.equal(values.cpu(), wanted) and torch.equal(exponents.cpu(), exponent)
+    return _all_are(found, dequantize(eight_bit_codes(weight, exponent), exponent.view(-1, 1, 1, 1)), exponent)
+
+
+def _all_are(found: Sequence[tuple[Tensor, Tensor]], wanted: Tensor, exponent: Tensor) -> bool:
+    """Whether values and exponents that a device gave are these."""
+    return all(
+        torch.equal(values.cpu().float(), wanted) and torch.equal(exponents.cpu(), exponent)
+        for values, exponents in found
+    )
 
 
 def _products_agree(device: torch.device) -> bool:
     from lowprec.numerics.triton_products import multiply_codes
 
     agree = []
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in DTYPES:
         values = torch.arange(200 * 70, device=CPU).mul_(37).remainder_(256).view(200, 70).to(dtype)
         exponents = torch.arange(-70, 70, device=CPU).int().div_(10, rounding_mode="floor")
         weight = (torch.arange(140 * 70, device=CPU).mul_(29).remainder_(129).sub_(64)).view(140, 70)

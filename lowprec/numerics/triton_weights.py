@@ -53,14 +53,14 @@ def descend(weight: Tensor, scale: Tensor, threshold: Tensor | None, layout: Clu
 
 
 def quantize_weight(
-    weight: Tensor, scale: Tensor, threshold: Tensor | None, layout: ClusterLayout
+    weight: Tensor, scale: Tensor, threshold: Tensor | None, layout: ClusterLayout, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Values c · 2^e of ``weight``, float32, in its shape and strides, and the exponents e [O], int32.
+    """Values c · 2^e of ``weight`` in ``dtype``, in its shape and strides, and the exponents e [O], int32.
 
     scale, and of ternary weights threshold: of ``layout.scale_shape``, with equal strides.
     """
     w_OIP = _with_positions(weight)
-    quantized = torch.empty_like(w_OIP, dtype=torch.float32)
+    quantized = torch.empty_like(w_OIP, dtype=dtype)
     exponent = torch.empty(len(weight), dtype=torch.int32, device=weight.device)
     with torch.cuda.device_of(weight):
         quantize_kernel[_grid(layout)](
@@ -73,14 +73,14 @@ def quantize_weight(
     return quantized.view(weight.shape), exponent
 
 
-def quantize_eight_bit(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Values c · 2^e of 8-bit ``weight``, float32, in its shape and strides, and the exponents e [O], int32, of least error.
+def quantize_eight_bit(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Values c · 2^e of 8-bit ``weight`` in ``dtype``, its shape and strides, and the exponents e [O], int32, of least error.
 
     :func:`lowprec.numerics.solvers.solve_eight_bit` and ``eight_bit_codes``.
     """
     # Both orders of memory keep an output channel together.
     weight = weight.detach() if is_dense(weight) else weight.detach().contiguous()
-    quantized = torch.empty_like(weight, dtype=torch.float32)
+    quantized = torch.empty_like(weight, dtype=dtype)
     exponent = torch.empty(len(weight), dtype=torch.int32, device=weight.device)
     with torch.cuda.device_of(weight):
         eight_bit_kernel[(len(weight),)](

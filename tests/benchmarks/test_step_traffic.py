@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from step_traffic import Counter, Traffic, counted_kernels, main, step_traffic, without_data
+from step_traffic import Counter, Memory, Traffic, counted_kernels, main, step_traffic, without_data
+from torch import nn
 
 import lowprec
 from lowprec.layers.weights import WeightQuantizer
@@ -58,20 +59,52 @@ def test_a_weight_by_hand(bits: int, of_a_cluster: int) -> None:
     assert counted.bytes == 4 * WEIGHTS * 3 + clusters * (2 * of_a_cluster + 4) + 4 * OUTPUTS
 
 
+def test_memory_by_hand() -> None:
+    """What is held, once whatever the views of it, and the most of it."""
+    values = torch.zeros(16, 8, 5, 5, dtype=torch.bfloat16, device="meta")
+    memory = Memory([values, values.flatten()])
+    with Counter(Traffic(), memory):
+        first = values + values
+        assert (memory.held, memory.peak) == (2 * VALUES * 2, 2 * VALUES * 2)
+        second = first.float()
+        del first
+        third = second.view(-1)[:5]
+        del second
+        assert (memory.held, memory.peak) == (VALUES * (2 + 4), VALUES * (2 + 2 + 4))
+        del third
+    assert memory.held == 2 * VALUES
+
+
+def test_the_peak_of_a_step_by_hand() -> None:
+    """Before a convolution's backward pass there are weight, images, outputs, their gradients and what is taken of them."""
+    model = nn.Sequential(nn.Conv2d(8, 4, 1, bias=False), nn.Flatten()).to("meta", torch.bfloat16)
+    images = torch.zeros(16, 8, 5, 5, dtype=torch.bfloat16, device="meta")
+    outputs, weights, labels = 2 * 16 * 4 * 25, 2 * 4 * 8, 8 * 16
+    _, peak = step_traffic(model, images, kernels=False)
+    log_softmax, of_its_inputs = outputs, outputs
+    least = images.nbytes + outputs + log_softmax + of_its_inputs + weights + labels
+    assert least <= peak <= least + outputs
+
+
 @pytest.mark.parametrize(
-    ("name", "launches", "moved"), [("resnet18", 1.55, 1.06), ("mobilenetv2_100", 1.5, 0.9), ("resnet50", 1.52, 1.09)]
+    ("name", "launches", "moved", "held"),
+    [("resnet18", 1.55, 1.06, 1.05), ("mobilenetv2_100", 1.5, 0.9, 0.75), ("resnet50", 1.52, 1.09, 1.05)],
 )
-def test_kernels_move_hardly_more_than_a_plain_step(name: str, launches: float, moved: float) -> None:
+def test_kernels_move_and_hold_hardly_more_than_a_plain_step(
+    name: str, launches: float, moved: float, held: float
+) -> None:
     """Limits lie a few percent above what was counted."""
     batch = torch.zeros(64, 3, 224, 224, dtype=torch.bfloat16, device="meta")
     traffic: dict[str, Traffic] = {}
+    peak: dict[str, int] = {}
     for kind in ("plain", "kernels"):
         model = create_model(name).eval()
         if kind == "kernels":
             model = lowprec.prepare(model, "w2a8_n4", torch.zeros(2, 3, 64, 64))
-        traffic[kind] = step_traffic(without_data(model), batch, kernels=kind == "kernels")
+        traffic[kind], peak[kind] = step_traffic(without_data(model), batch, kernels=kind == "kernels")
     assert traffic["kernels"].launches / traffic["plain"].launches < launches
     assert traffic["kernels"].bytes / traffic["plain"].bytes < moved
+    assert peak["kernels"] / peak["plain"] < held
 
 
 def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,6 +70,10 @@ def test_a_step_and_its_values_are_those_of_operators(
     assert found.stride() == values.stride()
     assert torch.equal(found.cpu(), values)
     assert torch.equal(found_exponents.cpu(), exponents)
+    with torch.autocast(device, torch.bfloat16):
+        rounded = quantizer(moved.to(device))
+    assert rounded.dtype == torch.bfloat16
+    assert torch.equal(rounded.cpu().float(), values)  # every bit of them
 
 
 @pytest.mark.parametrize(("shape", "memory_format"), WEIGHTS, ids=str)
@@ -90,6 +94,10 @@ def test_8_bit_weights_are_those_of_operators(
     assert found.stride() == values.stride()
     assert torch.equal(found_exponents.cpu(), exponents)
     assert torch.equal(found.cpu(), values)
+    with torch.autocast(device, torch.bfloat16):
+        rounded = quantizer(weight.to(device))
+    assert rounded.dtype == torch.bfloat16
+    assert torch.equal(rounded.cpu().float(), values)  # every bit of them
 
 
 def test_8_bit_weights_that_are_not_dense(device: str) -> None:
