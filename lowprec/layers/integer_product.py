@@ -111,11 +111,11 @@ class _IntegerProduct(torch.autograd.Function):
         bias = None if bias is None else bias.to(dtype).float()  # as autocast would have it
         input_scale, scale = power_of_two(source.exponent), power_of_two(exponent)
         # Turning the first bit of an int8 number gives the byte that is 128 more.
-        codes = codes_of_multiples(values, input_scale, source.int8_offset).view(torch.uint8).bitwise_xor_(128)
+        codes = codes_of_multiples(values, source.exponent, source.int8_offset).view(torch.uint8).bitwise_xor_(128)
         exponent = exponent.view(-1, *[1] * (weight.dim() - 1))
         integers = scale_by_power_of_two(weight, -exponent).to(torch.int8)
-        ctx.save_for_backward(codes, integers, exponent)
-        ctx.scale, ctx.offset = input_scale, source.int8_offset - 128
+        ctx.save_for_backward(codes, source.exponent.clone(), integers, exponent)
+        ctx.offset = source.int8_offset - 128
         arguments = (float(input_scale), 128 - source.int8_offset)
         zeros = torch.zeros(len(scale), dtype=torch.int32)
         tail: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
@@ -134,8 +134,8 @@ class _IntegerProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        codes, integers, exponent = ctx.saved_tensors
-        values = multiples_of_codes(codes, ctx.scale, ctx.offset, ctx.dtype)
+        codes, input_exponent, integers, exponent = ctx.saved_tensors
+        values = multiples_of_codes(codes, input_exponent, ctx.offset, ctx.dtype)
         return product_gradients(ctx, gradient, values, dequantize(integers, exponent).to(ctx.dtype))
 
 

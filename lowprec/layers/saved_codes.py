@@ -13,18 +13,18 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from lowprec.layers.activations import ActivationQuantizer
 from lowprec.layers.elementwise import QuantizedReLU
-from lowprec.numerics.fixed_point import power_of_two
 from lowprec.numerics.straight_through import codes_of_multiples, multiples_of_codes
 
 FLOATS = (torch.float32, torch.bfloat16)
 
 
 class _Codes:
-    """The codes of all that a tensor's memory holds, int8 [elements], less ``offset``, and what one is worth."""
+    """The codes of all that a tensor's memory holds, int8 [elements], less ``offset``; one is worth 2^exponent."""
 
-    def __init__(self, values: Tensor, scale: Tensor, offset: int) -> None:
-        self.codes = codes_of_multiples(values, scale, offset)
-        self.scale, self.offset = scale, offset
+    def __init__(self, values: Tensor, exponent: Tensor, offset: int) -> None:
+        self.codes = codes_of_multiples(values, exponent, offset)
+        # A copy: the quantizer's own may be another one when the values are asked for.
+        self.exponent, self.offset = exponent.clone(), offset
 
 
 class _Saved(NamedTuple):
@@ -39,7 +39,7 @@ class _Saved(NamedTuple):
     def values(self) -> Tensor:
         """The tensor as it was."""
         codes = self.codes.codes.as_strided(self.shape, self.strides, self.start)
-        return multiples_of_codes(codes, self.codes.scale, self.codes.offset, self.dtype)
+        return multiples_of_codes(codes, self.codes.exponent, self.codes.offset, self.dtype)
 
 
 class _Grid:
@@ -47,7 +47,7 @@ class _Grid:
 
     def __init__(self, values: Tensor, quantizer: ActivationQuantizer) -> None:
         self.version = values._version
-        self.scale = power_of_two(quantizer.exponent)
+        self.exponent = quantizer.exponent
         self.offset = quantizer.int8_offset
         self._codes: weakref.ref[_Codes] | None = None
 
@@ -55,7 +55,7 @@ class _Grid:
         known = self._codes() if self._codes is not None else None
         if known is None:
             whole = torch.empty(0, dtype=like.dtype, device=like.device).set_(storage)
-            known = _Codes(whole, self.scale, self.offset)
+            known = _Codes(whole, self.exponent, self.offset)
             self._codes = weakref.ref(known)
         return known
 

@@ -158,19 +158,31 @@ def _of_inputs(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return of_values, of_addend, None, None, None, None, None
 
 
-def codes_of_multiples(values: Tensor, scale: Tensor, offset: int) -> Tensor:
-    """values / scale - offset as int8, in shape and strides of ``values``: multiples of ``scale``, a power of two."""
+def codes_of_multiples(values: Tensor, exponent: Tensor, offset: int) -> Tensor:
+    """values / 2^exponent - offset as int8, in shape and strides of ``values``, multiples of 2^exponent; exponent: an int32."""
     values = values if is_dense(values) else values.contiguous()
     codes = torch.empty_like(values, dtype=torch.int8)
+    if runs_triton(values):
+        from lowprec.numerics.triton_activations import write_codes
+
+        write_codes(values, exponent, offset, codes)
+        return codes
+    inverse = power_of_two(-exponent)
     size = _block_size(values)
     for block, to in zip(_blocks(values, size), _blocks(codes, size), strict=True):
-        to.copy_((block * (1 / scale)).sub_(offset))
+        to.copy_((block * inverse).sub_(offset))
     return codes
 
 
-def multiples_of_codes(codes: Tensor, scale: Tensor, offset: int, dtype: torch.dtype) -> Tensor:
-    """(codes + offset) · scale in ``dtype``, which holds each exactly; shape and strides of the ``codes``, int8 or uint8."""
+def multiples_of_codes(codes: Tensor, exponent: Tensor, offset: int, dtype: torch.dtype) -> Tensor:
+    """(codes + offset) · 2^exponent in ``dtype``, which holds each exactly; shape and strides of the ``codes``, int8 or uint8."""
     values = torch.empty_like(codes, dtype=dtype)
+    if is_dense(codes) and runs_triton(codes):
+        from lowprec.numerics.triton_activations import write_values
+
+        write_values(codes, exponent, offset, values)
+        return values
+    scale = power_of_two(exponent)
     if not is_dense(codes):
         return values.copy_(codes).add_(offset).mul_(scale)
     size = _block_size(values)

@@ -1,8 +1,9 @@
-"""Triton kernels of the activation quantizer: one pass over memory each way, equal to what PyTorch's operators give, bit by bit.
+"""Triton kernels of activations: one pass over memory each way, equal to what PyTorch's operators give, bit by bit.
 
 Forward reads the values, and those that are added to them, and writes what lies on the grid and one bit an element; backward
-reads the gradient and the bits. What is rounded is computed in float32, which holds every bfloat16; nothing is contracted to
-fused multiply-adds. The exponent is read on the device, so that nothing waits for it and CUDA graphs can replay the kernels.
+reads the gradient and the bits. Codes are made of what lies on the grid, and that again of them. What is rounded is computed in
+float32, which holds every bfloat16; nothing is contracted to fused multiply-adds. The exponent is read on the device, so that
+nothing waits for it and CUDA graphs can replay the kernels.
 """
 
 from __future__ import annotations
@@ -67,6 +68,29 @@ def gradient_within(gradient: Tensor, mask: Tensor, out: Tensor) -> None:
             gradient_kernel[(triton.cdiv(size, BLOCK),)](gradient, out, mask, size, BLOCK=BLOCK, num_warps=WARPS)
 
 
+def write_codes(values: Tensor, exponent: Tensor, offset: int, out: Tensor) -> None:
+    """Writes values / 2^exponent - offset to ``out``, int8.
+
+    values: on that grid; float32 or bfloat16, dense, of the same strides.
+    """
+    size = values.numel()
+    if size:
+        with torch.cuda.device_of(values):
+            codes_kernel[(triton.cdiv(size, BLOCK),)](
+                values, out, exponent, size, OFFSET=offset, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False
+            )
+
+
+def write_values(codes: Tensor, exponent: Tensor, offset: int, out: Tensor) -> None:
+    """Writes (codes + offset) · 2^exponent to ``out``, float32 or bfloat16; codes: int8 or uint8, dense, of the same strides."""
+    size = codes.numel()
+    if size:
+        with torch.cuda.device_of(codes):
+            values_kernel[(triton.cdiv(size, BLOCK),)](
+                codes, out, exponent, size, OFFSET=offset, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False
+            )
+
+
 @triton.jit
 def quantize_kernel(
     values: tl.tensor,
@@ -125,3 +149,25 @@ def gradient_kernel(gradient: tl.tensor, out: tl.tensor, mask: tl.tensor, size: 
     byte = tl.load(mask + places // 8, mask=exists, other=0)
     inside = (byte.to(tl.int32) >> (places % 8).to(tl.int32)) & 1
     tl.store(out + places, tl.where(inside == 1, incoming, 0.0), mask=exists)
+
+
+@triton.jit
+def codes_kernel(
+    values: tl.tensor, out: tl.tensor, exponent: tl.tensor, size: tl.tensor, OFFSET: tl.constexpr, BLOCK: tl.constexpr
+) -> None:
+    """One program: BLOCK elements as they lie in memory."""
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    exists = places < size
+    x = tl.load(values + places, mask=exists, other=0.0).to(tl.float32)
+    tl.store(out + places, (x * power_of_two(-tl.load(exponent)) - OFFSET).to(tl.int8), mask=exists)
+
+
+@triton.jit
+def values_kernel(
+    codes: tl.tensor, out: tl.tensor, exponent: tl.tensor, size: tl.tensor, OFFSET: tl.constexpr, BLOCK: tl.constexpr
+) -> None:
+    """One program: BLOCK elements as they lie in memory."""
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    exists = places < size
+    code = tl.load(codes + places, mask=exists, other=0).to(tl.float32)
+    tl.store(out + places, (code + OFFSET) * power_of_two(tl.load(exponent)), mask=exists)

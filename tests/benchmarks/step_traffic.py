@@ -8,6 +8,7 @@ is lowprec without kernels of its own, "kernels" with those that it has for GPUs
 kept" these with trainer.keep_codes:
 
     an activation    forward: values, and an addend, read, values written, a bit an element; backward: gradient and bit, gradient
+    codes kept       made: values read, codes written; used: codes read, values written
     a weight         its scales' step: the weight read; its values: the weight read, values written
 
 The peak is the most that tensors take at a time, as a GPU's allocator counts them: weights, their gradients, what is kept for
@@ -140,10 +141,14 @@ def counted_kernels(traffic: Traffic) -> Iterator[None]:
     def gradient_within(gradient: Tensor, mask: Tensor, out: Tensor) -> None:
         traffic.add(gradient, mask, out)
 
+    def write(source: Tensor, exponent: Tensor, offset: int, out: Tensor) -> None:
+        traffic.add(source, exponent, out)
+
     with (
         mock.patch.multiple(
             triton_activations, quantize_activation=quantize_activation, gradient_within=gradient_within
         ),
+        mock.patch.multiple(triton_activations, write_codes=write, write_values=write),
         mock.patch.multiple(
             triton_weights, quantize_weight=quantize_weight, quantize_eight_bit=quantize_eight_bit, descend=descend
         ),

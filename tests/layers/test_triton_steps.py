@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from triton_interpreter import PLACES, operators_only, running
 
 import lowprec
+from lowprec.layers.saved_codes import saved_as_codes
 from lowprec.models import create_model
 
 BATCH = images(1, 2, (1, 12, 12))
@@ -33,10 +34,12 @@ def prepared(recipe: str) -> nn.Module:
     return qmodel.train()
 
 
-def step(qmodel: nn.Module) -> list[Tensor]:
+def step(qmodel: nn.Module, keep_codes: bool = False) -> list[Tensor]:
     """Loss, gradients and buffers."""
     device = next(qmodel.parameters()).device
-    loss = nn.functional.cross_entropy(qmodel(BATCH.to(device)), LABELS.to(device))
+    with saved_as_codes(qmodel, keep_codes):
+        logits = qmodel(BATCH.to(device))
+    loss = nn.functional.cross_entropy(logits, LABELS.to(device))
     loss.backward()
     gradients = [parameter.grad for parameter in qmodel.parameters()]
     return [loss.detach(), *[gradient for gradient in gradients if gradient is not None], *qmodel.buffers()]
@@ -54,3 +57,15 @@ def test_a_step_is_that_of_operators(recipe: str, memory_format: torch.memory_fo
             wanted = step(plain)
     assert len(found) == len(wanted) > 30
     assert [place for place, (a, b) in enumerate(zip(found, wanted, strict=True)) if not torch.equal(a, b)] == []
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_step_that_keeps_codes_is_that_of_operators(memory_format: torch.memory_format, place: str) -> None:
+    qmodel = prepared("w2a8_n4").to(memory_format=memory_format)  # type: ignore[call-overload]
+    with running(place) as device, torch.backends.cudnn.flags(benchmark=False, deterministic=True):
+        fused, plain = copy.deepcopy(qmodel).to(device), copy.deepcopy(qmodel).to(device)
+        found = step(fused, keep_codes=True)
+        with operators_only():
+            wanted = step(plain)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from triton_interpreter import PLACES, operators_only, running
 
-from lowprec.numerics.fixed_point import SIGNED_8_BIT, UNSIGNED_8_BIT, CodeRange
-from lowprec.numerics.straight_through import straight_through_activation
+from lowprec.numerics.fixed_point import MINIMUM_EXPONENT, SIGNED_8_BIT, UNSIGNED_8_BIT, CodeRange
+from lowprec.numerics.straight_through import codes_of_multiples, multiples_of_codes, straight_through_activation
 
 
 @pytest.fixture(params=PLACES, scope="module")
@@ -123,6 +123,32 @@ def test_an_infinite_gradient_outside_is_none(device: str) -> None:
     upstream = torch.tensor([math.inf, 1.0, math.nan], device=device)
     gradient = quantized(values, upstream, 0, UNSIGNED_8_BIT, "relu")[1]
     assert gradient.tolist() == [0.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("codes", [UNSIGNED_8_BIT, SIGNED_8_BIT])
+@pytest.mark.parametrize("exponent", [-130, -9, 0, 30])
+def test_codes_of_values_and_values_of_codes(
+    exponent: int, codes: CodeRange, memory_format: torch.memory_format, dtype: torch.dtype, device: str
+) -> None:
+    """All codes; more than one program, and one that is not full."""
+    exponent = max(exponent, MINIMUM_EXPONENT)
+    integers = torch.arange(3 * 5 * 21 * 17).remainder_(256).add_(codes.low).view(3, 5, 21, 17)
+    values = (integers * 2.0**exponent).to(dtype).contiguous(memory_format=memory_format)
+    whole = torch.tensor(exponent, dtype=torch.int32)
+    offset = codes.low + 128
+    with operators_only():
+        wanted = codes_of_multiples(values, whole, offset)
+    assert torch.equal(wanted.int() + offset, integers)
+    on_device = values.to(device), whole.to(device)
+    found = codes_of_multiples(*on_device, offset)
+    assert found.stride() == wanted.stride()
+    assert torch.equal(found.cpu(), wanted)
+    for kept, less in ((found, offset), (found.view(torch.uint8).bitwise_xor(128), offset - 128)):
+        back = multiples_of_codes(kept, on_device[1], less, dtype)
+        assert back.stride() == values.stride()
+        assert torch.equal(back.cpu(), values)
 
 
 def test_no_values_and_no_gradient(device: str) -> None:

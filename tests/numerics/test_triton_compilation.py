@@ -77,6 +77,21 @@ def test_an_activation_is_read_and_written_in_whole_vectors(
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("dtype", "vectors"), [("bf16", 2), ("fp32", 4)])
+def test_codes_are_read_and_written_in_whole_vectors(dtype: str, vectors: int, architecture: int) -> None:
+    """16 elements a thread: the values' 16 bytes at once, the codes' too."""
+    constants = {"OFFSET": 128, "BLOCK": triton_activations.BLOCK}
+    types = {"values": f"*{dtype}", "out": "*i8", "exponent": "*i32"}
+    ptx = compiled(triton_activations.codes_kernel, types, constants, architecture)
+    assert instructions(ptx, r"ld\.global\.v4\.b32") == vectors
+    assert instructions(ptx, r"fma\.") == 0
+    types = {"codes": "*i8", "out": f"*{dtype}", "exponent": "*i32"}
+    ptx = compiled(triton_activations.values_kernel, types, constants, architecture)
+    assert instructions(ptx, r"st\.global\.v4\.b32") == vectors
+    assert instructions(ptx, r"fma\.") == 0
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("kind", ["kernel", "element"])
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize(("shape", "cluster_size"), [((64, 64, 3, 3), 4), ((512, 2048, 1, 1), 64), ((8, 4608), 4608)])
