@@ -36,7 +36,7 @@ from lowprec.reconstruct import reconstruct
 from lowprec.report.summary import Summary, build_summary, cost_summary, plural, summary_table
 from lowprec.report.terminal import create_console
 from lowprec.report.wandb_media import wandb_media
-from lowprec.run.allocator import keep_freed_memory
+from lowprec.run.allocator import give_back_freed_memory, keep_freed_memory
 from lowprec.run.current import Run
 from lowprec.run.data import evaluation_images, run_data
 from lowprec.run.directory import RunDirectory, write_text
@@ -223,6 +223,7 @@ def fine_tune(current: Run, qmodel: fx.GraphModule, teacher: nn.Module, loggers:
         identity=training_identity(config, directory.recipe),
     )
     profile = [StepProfile(directory.path)] if config.trainer.debug == "profile" else []
+    give_back_freed_memory()  # of the calibration, whose tensors leave holes
     with current.stage("fine_tune", f"fine-tune: {plural(config.trainer.max_epochs, 'epoch')}"):
         fit(
             module,

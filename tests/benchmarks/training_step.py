@@ -39,7 +39,7 @@ from lowprec.layers.integer_product import use_integer_kernels
 from lowprec.layers.saved_codes import saved_as_codes
 from lowprec.layers.tensor_core_product import use_tensor_cores
 from lowprec.models import create_model
-from lowprec.run.allocator import keep_freed_memory
+from lowprec.run.allocator import give_back_freed_memory, keep_freed_memory
 
 CLASSES = 1000
 PLAIN = "plain"
@@ -54,6 +54,7 @@ def prepared(recipe: str, start: Start, integer_kernels: bool = True) -> nn.Modu
     qmodel = lowprec.prepare(start.model, recipe, start.calibration[0][:2])
     lowprec.calibrate(qmodel, start.calibration)
     use_integer_kernels(qmodel, integer_kernels)
+    give_back_freed_memory()
     return qmodel
 
 

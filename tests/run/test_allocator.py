@@ -1,4 +1,4 @@
-"""Freed memory stays with the process: page faults of a real one are counted."""
+"""Freed memory stays with the process, page faults of a real one are counted, and goes back when it is told to."""
 
 from __future__ import annotations
 
@@ -48,3 +48,27 @@ def test_large_blocks_are_not_faulted_in_again() -> None:
 @pytest.mark.parametrize("variable", VARIABLES)
 def test_an_allocator_that_the_user_tuned_is_left_alone(variable: str) -> None:
     assert page_faults("keep", **{variable: "1000000"})[0] == "False"
+
+
+GIVEN_BACK = """
+from pathlib import Path
+from lowprec.run.allocator import give_back_freed_memory, keep_freed_memory
+keep_freed_memory()
+
+def resident():
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS:"))
+    return int(line.split()[1]) // 1024
+
+blocks = [bytearray(1 << 16) for _ in range(3200)]  # 200 MiB
+last = bytearray(1 << 16)  # in use, above them
+blocks.clear()
+before = resident()
+give_back_freed_memory()
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library has no malloc_trim")
+def test_holes_are_given_back() -> None:
+    done = subprocess.run([sys.executable, "-c", GIVEN_BACK], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 150
