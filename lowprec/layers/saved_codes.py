@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lowprec.layers.activations import ActivationQuantizer
+from lowprec.layers.attention import QuantizedFloatOperator
 from lowprec.layers.elementwise import QuantizedReLU
 from lowprec.numerics.straight_through import codes_of_multiples, multiples_of_codes
 
@@ -65,8 +66,9 @@ def saved_as_codes(model: nn.Module, enabled: bool = True) -> Iterator[None]:
     """Within it, whatever ``model``'s forward pass keeps of quantized activations for the backward pass is kept as 8-bit codes.
 
     The gradients are the same, bit by bit: a quantized activation is code · 2^e, which its code gives back exactly. A tensor
-    that several operators keep is coded once. What is not on a quantizer's grid (a batch norm's input, the copy that a product
-    makes of a transposed operand) is kept as it is, as is what was changed in place after its quantizer. Not for compiled models.
+    that several operators keep is coded once. A softmax keeps its input so, and computes its result again. What is not on a
+    quantizer's grid (a batch norm's input, the copy that a product makes of a transposed operand) is kept as it is, as is what
+    was changed in place after its quantizer. Not for compiled models.
 
     model: a prepared one (:func:`lowprec.prepare`), calibrated. enabled: False does nothing.
     """
@@ -94,9 +96,14 @@ def saved_as_codes(model: nn.Module, enabled: bool = True) -> Iterator[None]:
 
     quantizers = [module for module in model.modules() if isinstance(module, ActivationQuantizer | QuantizedReLU)]
     handles = [module.register_forward_hook(note) for module in quantizers]
+    operators = [module for module in model.modules() if isinstance(module, QuantizedFloatOperator)]
+    for module in operators:
+        module.recomputes = True
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield
     finally:
+        for module in operators:
+            module.recomputes = False
         for handle in handles:
             handle.remove()
