@@ -72,6 +72,10 @@ def _layer(module: nn.Module) -> str:
     return "" if type(module) in (nn.Linear, Linear) else "a kind of Linear that computes something of its own"
 
 
+def _max_pool(module: nn.MaxPool2d) -> str:
+    return "return_indices=True" if module.return_indices else "a kind of MaxPool2d that computes something of its own"
+
+
 def _batch_norm(module: nn.Module) -> str:
     if type(module) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
         return "a kind of BatchNorm2d that computes something of its own"
@@ -142,7 +146,7 @@ _MODULES: tuple[tuple[Any, Callable[[Any], str]], ...] = (
     ((nn.Conv2d, nn.Linear), _layer),
     ((nn.BatchNorm2d, nn.SyncBatchNorm), _batch_norm),
     (nn.AvgPool2d, _average_pool_module),
-    (nn.MaxPool2d, lambda module: "return_indices=True"),
+    (nn.MaxPool2d, _max_pool),
     (nn.AdaptiveAvgPool2d, lambda module: _adaptive(module.output_size)),
     (nn.Upsample, _upsample_module),
     (LAYER_NORMS, _layer_norm),

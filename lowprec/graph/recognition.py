@@ -77,7 +77,7 @@ def _recognise_module(node: fx.Node, module: nn.Module) -> Operation | None:
         kind = "convolution"
     elif type(module) in (nn.Linear, Linear) and trainable:
         kind = "linear"
-    elif isinstance(module, nn.MaxPool2d) and not module.return_indices:
+    elif type(module) is nn.MaxPool2d and not module.return_indices:
         kind, options = "max_pool", {"module": module}
     elif isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)):
         kind, options = "average_pool", {"keep_axes": True}

@@ -21,7 +21,7 @@ from lowprec.layers.activations import ActivationQuantizer
 from lowprec.layers.elementwise import QuantizedReLU
 from lowprec.layers.linear import QuantizedConv2d, QuantizedLayer, QuantizedLinear
 from lowprec.numerics import kernels
-from lowprec.numerics.fixed_point import dequantize, power_of_two, scale_by_power_of_two
+from lowprec.numerics.fixed_point import EXACT_DTYPES, dequantize, power_of_two, scale_by_power_of_two
 from lowprec.numerics.straight_through import codes_of_multiples, multiples_of_codes
 
 # Below these, in all and for each element of the input, coding and packing cost more than the kernel gives (forward and backward
@@ -73,7 +73,7 @@ def integer_product(
     takes = (
         values.device.type == "cpu" and not torch.compiler.is_compiling() and source.quantizing and source.calibrated
     )
-    if not takes or values.dtype not in (torch.float32, torch.bfloat16):
+    if not takes or values.dtype not in EXACT_DTYPES:
         return None
     convolves = isinstance(layer, QuantizedConv2d)
     if convolves and not values.is_contiguous(memory_format=torch.channels_last):

@@ -14,9 +14,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from lowprec.layers.activations import ActivationQuantizer
 from lowprec.layers.attention import QuantizedFloatOperator
 from lowprec.layers.elementwise import QuantizedReLU
+from lowprec.numerics.fixed_point import EXACT_DTYPES
 from lowprec.numerics.straight_through import codes_of_multiples, multiples_of_codes
-
-FLOATS = (torch.float32, torch.bfloat16)
 
 
 class _Codes:
@@ -68,7 +67,8 @@ def saved_as_codes(model: nn.Module, enabled: bool = True) -> Iterator[None]:
     The gradients are the same, bit by bit: a quantized activation is code · 2^e, which its code gives back exactly. A tensor
     that several operators keep is coded once. A softmax keeps its input so, and computes its result again. What is not on a
     quantizer's grid (a batch norm's input, the copy that a product makes of a transposed operand) is kept as it is, as is what
-    was changed in place after its quantizer. Not for compiled models.
+    was changed in place after its quantizer. Not for compiled models, nor around torch.utils.checkpoint, which computes again
+    when this is over.
 
     model: a prepared one (:func:`lowprec.prepare`), calibrated. enabled: False does nothing.
     """
@@ -79,14 +79,14 @@ def saved_as_codes(model: nn.Module, enabled: bool = True) -> Iterator[None]:
 
     def note(module: nn.Module, arguments: Any, values: Tensor) -> None:
         quantizer = module.source if isinstance(module, QuantizedReLU) else module
-        if isinstance(quantizer, ActivationQuantizer) and quantizer.quantizing and values.dtype in FLOATS:
+        if isinstance(quantizer, ActivationQuantizer) and quantizer.quantizing and values.dtype in EXACT_DTYPES:
             # The weak reference keeps the storage's identity from being given to another one.
             grids[StorageWeakRef(values.untyped_storage())] = _Grid(values, quantizer)
 
     def pack(values: Tensor) -> Tensor | _Saved:
         storage = values.untyped_storage()
         grid = grids.get(StorageWeakRef(storage))
-        if grid is None or grid.version != values._version or values.dtype not in FLOATS:
+        if grid is None or grid.version != values._version or values.dtype not in EXACT_DTYPES:
             return values
         codes = grid.codes(storage, values.detach())
         return _Saved(codes, values.shape, values.stride(), int(values.storage_offset()), values.dtype)
@@ -97,13 +97,14 @@ def saved_as_codes(model: nn.Module, enabled: bool = True) -> Iterator[None]:
     quantizers = [module for module in model.modules() if isinstance(module, ActivationQuantizer | QuantizedReLU)]
     handles = [module.register_forward_hook(note) for module in quantizers]
     operators = [module for module in model.modules() if isinstance(module, QuantizedFloatOperator)]
+    before = [module.recomputes for module in operators]
     for module in operators:
         module.recomputes = True
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield
     finally:
-        for module in operators:
-            module.recomputes = False
+        for module, recomputes in zip(operators, before, strict=True):
+            module.recomputes = recomputes
         for handle in handles:
             handle.remove()

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from lowprec.layers.activations import ActivationQuantizer
 from lowprec.layers.integer_product import on_grid, product_gradients
 from lowprec.layers.linear import QuantizedConv2d, QuantizedLayer, QuantizedLinear
+from lowprec.numerics.fixed_point import EXACT_DTYPES
 from lowprec.numerics.memory import is_channels_last
 from lowprec.numerics.triton_kernels import multiplies, runs_triton
 
@@ -52,7 +53,7 @@ def tensor_core_product(
         return None
     kind = values.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else values.dtype
-    if not {dtype, values.dtype} <= {torch.float32, torch.bfloat16}:
+    if not {dtype, values.dtype} <= set(EXACT_DTYPES):
         return None
     geometry = (layer.stride, layer.padding, layer.dilation) if isinstance(layer, QuantizedConv2d) else None
     result: Tensor = _TensorCoreProduct.apply(values, weight, bias, source, exponent, geometry, dtype)

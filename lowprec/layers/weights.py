@@ -240,7 +240,7 @@ class WeightQuantizer(nn.Module):
 
 
 def _dtype_of_products(weight: Tensor) -> torch.dtype:
-    """That of ``weight``, or where autocast would round it to bfloat16, bfloat16: another copy for each layer less."""
+    """That of ``weight``, or where autocast would round it to bfloat16, bfloat16, which saves a copy for each layer."""
     kind = weight.device.type
     if (
         weight.dtype != torch.float32

@@ -26,6 +26,8 @@ class CodeRange:
 
 UNSIGNED_8_BIT = CodeRange(0, 255)
 SIGNED_8_BIT = CodeRange(-128, 127)
+# What networks compute in that holds every 8-bit code · 2^e.
+EXACT_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def round_half_even(values: Tensor) -> Tensor:

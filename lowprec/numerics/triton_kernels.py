@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lowprec.numerics.clusters import ClusterLayout
 from lowprec.numerics.effective_codes import channel_exponents, effective_codes, mantissas
-from lowprec.numerics.fixed_point import SIGNED_8_BIT, dequantize, power_of_two, quantize
+from lowprec.numerics.fixed_point import EXACT_DTYPES, SIGNED_8_BIT, dequantize, power_of_two, quantize
 from lowprec.numerics.solvers import (
     ClusterScales,
     descend_four_bit,
@@ -28,7 +28,6 @@ from lowprec.numerics.solvers import (
 )
 
 CPU = torch.device("cpu")
-DTYPES = (torch.float32, torch.bfloat16)
 
 
 class KernelWarning(UserWarning):
@@ -42,11 +41,11 @@ def runs_triton(tensor: Tensor) -> bool:
 
 @cache
 def quantizes(device: torch.device) -> bool:
-    """Whether the kernels of activations and weights give there what PyTorch's operators give on a CPU, found out by running.
+    """Whether kernels of activations, codes and weights give there what PyTorch's operators give on a CPU: they are run.
 
     Warns KernelWarning where they cannot be built (Triton needs a C compiler and Python's headers) or differ.
     """
-    checks = (_activations_agree, _ternary_agrees, _four_bits_agree, _eight_bits_agree)
+    checks = (_activations_agree, _codes_agree, _ternary_agrees, _four_bits_agree, _eight_bits_agree)
     return _agrees(
         device, checks, "PyTorch's operators quantize activations and weights", "at several times the traffic"
     )
@@ -81,7 +80,7 @@ def _activations_agree(device: torch.device) -> bool:
 
     exponent = torch.tensor(-3, dtype=torch.int32, device=CPU)
     agree = []
-    for dtype in DTYPES:
+    for dtype in EXACT_DTYPES:
         # Quarters of a code: ties, and both sides of the range.
         values = (torch.arange(-600, 600, device=CPU) / 32).to(dtype)
         addend = values.flip(0) / 16
@@ -96,6 +95,22 @@ def _activations_agree(device: torch.device) -> bool:
         assert mask is not None
         gradient_within(gradient, mask, gradient)
         agree += [torch.equal(found.cpu(), wanted), torch.equal(gradient.cpu(), passed)]
+    return all(agree)
+
+
+def _codes_agree(device: torch.device) -> bool:
+    from lowprec.numerics.triton_activations import write_codes, write_values
+
+    integers = torch.arange(256, device=CPU)
+    exponent = torch.tensor(-3, dtype=torch.int32, device=device)
+    agree = []
+    for dtype in EXACT_DTYPES:
+        values = (integers / 8).to(dtype)
+        codes = torch.empty(256, dtype=torch.int8, device=device)
+        write_codes(values.to(device), exponent, 128, codes)
+        back = torch.empty(256, dtype=dtype, device=device)
+        write_values(codes, exponent, 128, back)
+        agree += [torch.equal(codes.cpu().long() + 128, integers), torch.equal(back.cpu(), values)]
     return all(agree)
 
 
@@ -125,8 +140,8 @@ def _clusters_agree(device: torch.device, bits: int) -> bool:
     exponent = channel_exponents(scale, bits)
     effective = effective_codes(codes, mantissas(scale, exponent, bits), bits)
     wanted = layout.merge(dequantize(effective, exponent.view(-1, 1, 1, 1)))
-    found = [quantize_weight(on_device, found_scale, found_threshold, layout, dtype) for dtype in DTYPES]
-    return _all_are(found, wanted, exponent)
+    found = [quantize_weight(on_device, found_scale, found_threshold, layout, dtype) for dtype in EXACT_DTYPES]
+    return _give(found, wanted, exponent)
 
 
 def _ternary_agrees(device: torch.device) -> bool:
@@ -141,12 +156,12 @@ def _eight_bits_agree(device: torch.device) -> bool:
     from lowprec.numerics.triton_weights import quantize_eight_bit
 
     weight, _ = _weights()
-    found = [quantize_eight_bit(weight.to(device), dtype) for dtype in DTYPES]
+    found = [quantize_eight_bit(weight.to(device), dtype) for dtype in EXACT_DTYPES]
     exponent = solve_eight_bit(weight)
-    return _all_are(found, dequantize(eight_bit_codes(weight, exponent), exponent.view(-1, 1, 1, 1)), exponent)
+    return _give(found, dequantize(eight_bit_codes(weight, exponent), exponent.view(-1, 1, 1, 1)), exponent)
 
 
-def _all_are(found: Sequence[tuple[Tensor, Tensor]], wanted: Tensor, exponent: Tensor) -> bool:
+def _give(found: Sequence[tuple[Tensor, Tensor]], wanted: Tensor, exponent: Tensor) -> bool:
     """Whether values and exponents that a device gave are these."""
     return all(
         torch.equal(values.cpu().float(), wanted) and torch.equal(exponents.cpu(), exponent)
@@ -158,7 +173,7 @@ def _products_agree(device: torch.device) -> bool:
     from lowprec.numerics.triton_products import multiply_codes
 
     agree = []
-    for dtype in DTYPES:
+    for dtype in EXACT_DTYPES:
         values = torch.arange(200 * 70, device=CPU).mul_(37).remainder_(256).view(200, 70).to(dtype)
         exponents = torch.arange(-70, 70, device=CPU).int().div_(10, rounding_mode="floor")
         weight = (torch.arange(140 * 70, device=CPU).mul_(29).remainder_(129).sub_(64)).view(140, 70)

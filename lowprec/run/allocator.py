@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from typing import Any
 
 # glibc's names and numbers, of malloc.h. Whoever sets one of these has thought about it.
 VARIABLES = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
@@ -18,17 +19,22 @@ def keep_freed_memory() -> bool:
     which costs as much as many a pass over it. Peak memory may be higher. Does nothing with another C library, or where the
     environment tunes the allocator itself.
     """
-    if sys.platform != "linux" or any(variable in os.environ for variable in VARIABLES):
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = _function("mallopt")
     return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
 def give_back_freed_memory() -> None:
     """Returns to the system what glibc's allocator holds and nobody uses: once, between stages that need different memory.
 
-    What is allocated next is faulted in again. Does nothing with another C library.
+    What is allocated next is faulted in again. Does nothing where :func:`keep_freed_memory` does nothing.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    trim = _function("malloc_trim")
     if trim is not None:
         trim(0)
+
+
+def _function(name: str) -> Any:
+    """One of glibc's, or None with another C library, or where the environment tunes the allocator itself."""
+    if sys.platform != "linux" or any(variable in os.environ for variable in VARIABLES):
+        return None
+    return getattr(ctypes.CDLL(None), name, None)

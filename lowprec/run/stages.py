@@ -93,9 +93,7 @@ def train(config: RunConfig, console: Console, callbacks: Sequence[Callback] = (
             if processes.on_main(lambda: directory.finished):
                 return directory.summary()
             console.print(f"run {directory.path}")
-            # The sums of a GPU or of several threads are done in a fixed order, so that the same seed gives the same
-            # figures.
-            torch.use_deterministic_algorithms(True, warn_only=True)
+            compute_deterministically()
             device = choose_device(config.trainer.accelerator)
             if device.type == "cpu":
                 keep_freed_memory()
@@ -126,6 +124,13 @@ def train(config: RunConfig, console: Console, callbacks: Sequence[Callback] = (
     if fault:
         raise VerificationError(f"{fault}: do not ship {directory.path}")
     return summary
+
+
+def compute_deterministically() -> None:
+    """Sums of a GPU or of several threads are done in a fixed order, so that the same seed gives the same figures."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Else PyTorch fills new memory with NaN before it is written, another pass over each tensor; nothing is read before.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _trained(current: Run, loggers: list[Logger]) -> fx.GraphModule:

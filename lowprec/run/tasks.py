@@ -28,7 +28,7 @@ from lowprec.run.full_precision import baseline_file, build_model, full_precisio
 from lowprec.run.report import report_on
 from lowprec.run.sensitivity import analyse, show_assignment
 from lowprec.run.stage_progress import StageProgress
-from lowprec.run.stages import check_quantizable, check_same_data
+from lowprec.run.stages import check_quantizable, check_same_data, compute_deterministically
 from lowprec.training.checkpoints import BEST
 from lowprec.training.evaluation import Predictor, top1
 from lowprec.training.precision import choose_device
@@ -156,7 +156,7 @@ def sensitivity_of(config: RunConfig, console: Console) -> Summary:
     directory.state = directory.open()
     try:
         console.print(f"run {directory.path}")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        compute_deterministically()
         device = choose_device(config.trainer.accelerator)
         current = Run(directory.config, directory, run_data(config), console, device)
         check_same_data(current)

@@ -11,9 +11,9 @@ kept" these with trainer.keep_codes:
     codes kept       made: values read, codes written; used: codes read, values written
     a weight         its scales' step: the weight read; its values: the weight read, values written
 
-The peak is the most that tensors take at a time, as a GPU's allocator counts them: weights, their gradients, what is kept for
-the backward pass and what is in hand. The optimizer, which is the same, is left out of all; so are workspaces of products,
-caches, and the time of a launch. Nothing is measured.
+The peak is the most that tensors take at a time, without an allocator's rounding and holes: weights, their gradients, what is
+kept for the backward pass and what is in hand. The optimizer, which is the same, is left out of all; so are workspaces of
+products, caches, and the time of a launch. Nothing is measured.
 """
 
 from __future__ import annotations

@@ -54,7 +54,6 @@ def prepared(recipe: str, start: Start, integer_kernels: bool = True) -> nn.Modu
     qmodel = lowprec.prepare(start.model, recipe, start.calibration[0][:2])
     lowprec.calibrate(qmodel, start.calibration)
     use_integer_kernels(qmodel, integer_kernels)
-    give_back_freed_memory()
     return qmodel
 
 
@@ -154,6 +153,7 @@ def step_of(candidate: str, start: Start, precision: str) -> Step:
     """A candidate that has taken its first steps; what it prints goes to standard error."""
     with contextlib.redirect_stdout(sys.stderr):
         model = CANDIDATES[candidate](start)
+        give_back_freed_memory()  # as a run does before it trains
         images = start.calibration[0].to(device()).contiguous(memory_format=torch.channels_last)
         step = Step(model, images, precision)
         for _ in range(WARM_UP):

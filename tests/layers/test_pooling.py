@@ -15,6 +15,7 @@ POOLS = [
     nn.MaxPool2d((3, 2), (1, 2), (1, 0), ceil_mode=True),
     nn.MaxPool2d(3, 1, 1, dilation=(1, 2)),
 ]
+DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]
 FORMATS = (torch.contiguous_format, torch.channels_last)
 
 
@@ -35,19 +36,20 @@ def step(pool: nn.Module, values: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]
     values.grad = None
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         result = pool(values)
-    weights = torch.arange(result.numel(), dtype=result.dtype).remainder_(17).view(result.shape)
+    weights = torch.arange(result.numel(), dtype=result.dtype, device=result.device).remainder_(17).view(result.shape)
     (result * weights).sum().backward()
     assert values.grad is not None
     return result, values.grad, kept
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("pool", POOLS, ids=str)
 def test_values_and_gradients_are_pytorchs(
-    pool: nn.MaxPool2d, dtype: torch.dtype, memory_format: torch.memory_format
+    pool: nn.MaxPool2d, dtype: torch.dtype, memory_format: torch.memory_format, device: str
 ) -> None:
-    values = with_ties((2, 5, 13, 10), dtype, memory_format)
+    values = with_ties((2, 5, 13, 10), dtype, memory_format).detach().to(device).requires_grad_()
     result, gradient, _ = step(pool, values)
     found, found_gradient, kept = step(QuantizedMaxPool2d.of(pool), values)
     assert torch.equal(found, result)
@@ -76,3 +78,18 @@ def test_a_prepared_model_pools_so() -> None:
     (pool,) = (module for module in qmodel.modules() if isinstance(module, nn.MaxPool2d))
     assert isinstance(pool, QuantizedMaxPool2d)
     assert str(pool) == str(POOLS[2]).replace("MaxPool2d", "QuantizedMaxPool2d")
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 13, 10), (5, 13, 10)])
+def test_where_no_gradient_is_wanted_or_code_is_compiled_it_is_pytorchs(shape: tuple[int, ...]) -> None:
+    values = torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(0)).float()
+    pool = QuantizedMaxPool2d.of(POOLS[0])
+    assert not pool(values).requires_grad
+    assert torch.equal(pool(values), POOLS[0](values))
+    values.requires_grad_()
+    with torch.no_grad():
+        assert torch.equal(pool(values), POOLS[0](values))
+    wanted = step(POOLS[0], values)[:2]
+    for found in (step(pool, values), step(torch.compile(pool, backend="aot_eager", fullgraph=True), values)):
+        assert torch.equal(found[0], wanted[0])
+        assert torch.equal(found[1], wanted[1])

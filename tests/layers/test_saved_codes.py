@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import lowprec
 from lowprec.layers import ActivationQuantizer, QuantizedReLU
+from lowprec.layers.attention import QuantizedFloatOperator
 from lowprec.layers.saved_codes import saved_as_codes
 from lowprec.models.cifar_mobilenet import CifarMobileNetV2
 from lowprec.models.cifar_resnet import CifarResNet
@@ -160,7 +161,14 @@ def test_a_relu_on_its_own_is_coded_too(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_nothing_stays_on_the_model() -> None:
-    qmodel = prepared("resnet")
+    qmodel = prepared("transformer")
+    softmaxes = [module for module in qmodel.modules() if isinstance(module, QuantizedFloatOperator)]
+    with saved_as_codes(qmodel):
+        with saved_as_codes(qmodel):
+            pass
+        assert all(module.recomputes for module in softmaxes)
     with pytest.raises(ZeroDivisionError), saved_as_codes(qmodel):
         raise ZeroDivisionError
     assert not any(module._forward_hooks for module in qmodel.modules())
+    assert softmaxes
+    assert not any(module.recomputes for module in softmaxes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from triton_interpreter import PLACES, operators_only, running
 import lowprec
 from lowprec.layers.saved_codes import saved_as_codes
 from lowprec.models import create_model
+from lowprec.numerics import triton_activations
 
 BATCH = images(1, 2, (1, 12, 12))
 LABELS = torch.arange(2)
@@ -61,11 +63,23 @@ def test_a_step_is_that_of_operators(recipe: str, memory_format: torch.memory_fo
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_a_step_that_keeps_codes_is_that_of_operators(memory_format: torch.memory_format, place: str) -> None:
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_a_step_that_keeps_codes_is_that_of_operators(
+    bfloat16: bool, memory_format: torch.memory_format, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     qmodel = prepared("w2a8_n4").to(memory_format=memory_format)  # type: ignore[call-overload]
+    written: list[str] = []
     with running(place) as device, torch.backends.cudnn.flags(benchmark=False, deterministic=True):
+        for name in ("write_codes", "write_values"):
+            kernel = getattr(triton_activations, name)
+            counted = partial(lambda name, kernel, *given: written.append(name) or kernel(*given), name, kernel)
+            monkeypatch.setattr(triton_activations, name, counted)
         fused, plain = copy.deepcopy(qmodel).to(device), copy.deepcopy(qmodel).to(device)
-        found = step(fused, keep_codes=True)
-        with operators_only():
-            wanted = step(plain)
-    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+        with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
+            found = step(fused, keep_codes=True)
+            with operators_only():
+                wanted = step(plain)
+        monkeypatch.undo()
+    assert len(found) == len(wanted) > 30
+    assert [place for place, (a, b) in enumerate(zip(found, wanted, strict=True)) if not torch.equal(a, b)] == []
+    assert written.count("write_values") >= written.count("write_codes") > 5

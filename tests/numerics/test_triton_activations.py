@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from triton_interpreter import PLACES, operators_only, running
 
-from lowprec.numerics.fixed_point import MINIMUM_EXPONENT, SIGNED_8_BIT, UNSIGNED_8_BIT, CodeRange
+from lowprec.numerics.fixed_point import MAXIMUM_EXPONENT, MINIMUM_EXPONENT, SIGNED_8_BIT, UNSIGNED_8_BIT, CodeRange
 from lowprec.numerics.straight_through import codes_of_multiples, multiples_of_codes, straight_through_activation
 
 
@@ -128,12 +128,11 @@ def test_an_infinite_gradient_outside_is_none(device: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("codes", [UNSIGNED_8_BIT, SIGNED_8_BIT])
-@pytest.mark.parametrize("exponent", [-130, -9, 0, 30])
+@pytest.mark.parametrize("exponent", [MINIMUM_EXPONENT, -9, 0, MAXIMUM_EXPONENT])
 def test_codes_of_values_and_values_of_codes(
     exponent: int, codes: CodeRange, memory_format: torch.memory_format, dtype: torch.dtype, device: str
 ) -> None:
     """All codes; more than one program, and one that is not full."""
-    exponent = max(exponent, MINIMUM_EXPONENT)
     integers = torch.arange(3 * 5 * 21 * 17).remainder_(256).add_(codes.low).view(3, 5, 21, 17)
     values = (integers * 2.0**exponent).to(dtype).contiguous(memory_format=memory_format)
     whole = torch.tensor(exponent, dtype=torch.int32)

@@ -92,11 +92,12 @@ def test_codes_are_read_and_written_in_whole_vectors(dtype: str, vectors: int, a
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("kind", ["kernel", "element"])
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize(("shape", "cluster_size"), [((64, 64, 3, 3), 4), ((512, 2048, 1, 1), 64), ((8, 4608), 4608)])
 def test_kernels_of_weights_divide_and_add_exactly(
-    shape: tuple[int, ...], cluster_size: int, bits: int, kind: str, architecture: int
+    shape: tuple[int, ...], cluster_size: int, bits: int, kind: str, dtype: str, architecture: int
 ) -> None:
     layout = ClusterLayout(shape, cluster_size, kind)
     threshold = torch.zeros(layout.scale_shape) if bits == 2 else None
@@ -106,7 +107,7 @@ def test_kernels_of_weights_divide_and_add_exactly(
     assert instructions(ptx, r"div\.rn\.f32") > 0
     assert instructions(ptx, r"div\.(full|approx)\.") + instructions(ptx, r"fma\.") == 0
 
-    types |= {"quantized": "*fp32", "exponents": "*i32"}
+    types |= {"quantized": f"*{dtype}", "exponents": "*i32"}
     constants |= triton_weights.constants_of_format(threshold)
     ptx = compiled(triton_weights.quantize_kernel, types, constants, architecture)
     assert instructions(ptx, r"div\.(full|approx)\.") + instructions(ptx, r"fma\.") == 0
@@ -114,9 +115,10 @@ def test_kernels_of_weights_divide_and_add_exactly(
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("size", [9, 4608])
-def test_8_bit_weights(size: int, architecture: int) -> None:
-    types = {"weight": "*fp32", "quantized": "*fp32", "exponents": "*i32"}
+def test_8_bit_weights(size: int, dtype: str, architecture: int) -> None:
+    types = {"weight": "*fp32", "quantized": f"*{dtype}", "exponents": "*i32"}
     constants = triton_weights.constants_of_eight_bits(torch.zeros(2, size))
     ptx = compiled(triton_weights.eight_bit_kernel, types, constants, architecture, **triton_weights.OPTIONS)
     assert instructions(ptx, r"fma\.") == 0
