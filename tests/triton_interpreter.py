@@ -15,19 +15,21 @@ from triton.runtime.jit import JITFunction
 
 from lowprec.layers import tensor_core_product, weights
 from lowprec.numerics import straight_through, triton_activations, triton_arithmetic, triton_products, triton_weights
+from lowprec.numerics.native.library import is_built
 
 # In the order in which they use each other.
 MODULES = (triton_arithmetic, triton_activations, triton_products, triton_weights)
 USERS = (straight_through, weights, tensor_core_product)
-# Where the kernels run: the interpreter anywhere, and a GPU where there is one.
+# Where Triton's kernels run: the interpreter anywhere, and a GPU where there is one.
+NATIVE = pytest.param("native", marks=pytest.mark.skipif(not is_built(), reason="no C compiler, or no AVX2"))
 PLACES = ["interpreter", *([pytest.param("gpu", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]
 
 
 @contextmanager
 def running(place: str) -> Iterator[str]:
     """The device whose tensors the kernels take within it."""
-    if place == "gpu":
-        yield "cuda"
+    if place in ("gpu", "native"):
+        yield "cuda" if place == "gpu" else "cpu"
         return
     with interpreted():
         yield "cpu"
@@ -77,7 +79,7 @@ def interpreted() -> Iterator[None]:
 
 @contextmanager
 def operators_only() -> Iterator[None]:
-    """Within it, no kernel of the package's is used."""
+    """Within it, no kernel of the package's is used, neither Triton's nor one in C."""
 
     def nowhere(tensor: Tensor) -> bool:
         return False
@@ -85,4 +87,5 @@ def operators_only() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for user in USERS:
             patch.setattr(user, "runs_triton", nowhere)
+        patch.setattr(straight_through, "runs_native", nowhere)
         yield

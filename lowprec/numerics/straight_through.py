@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from lowprec.numerics import native_activations
 from lowprec.numerics.fixed_point import CodeRange, power_of_two, round_to_multiples
 from lowprec.numerics.memory import holders, holders_of_unshared, in_memory_order, is_dense
+from lowprec.numerics.native_activations import runs_native
 from lowprec.numerics.triton_kernels import runs_triton
 
 # Elements of a block for each thread: several passes over one find it in the processor's cache.
@@ -62,7 +65,8 @@ class StraightThroughActivation(torch.autograd.Function):
         overwrite: bool,
     ) -> Tensor:
         ctx.dtypes = values.dtype, None if addend is None else addend.dtype
-        ctx.fused = runs_triton(values) and values.dtype != torch.float64
+        kernels = _kernels(values)
+        ctx.fused = kernels is not None
         given = values
         if addend is not None and not (ctx.fused and values.dtype != torch.float16 and _alike(values, addend)):
             in_place = overwrite and values.dtype == addend.dtype
@@ -78,12 +82,11 @@ class StraightThroughActivation(torch.autograd.Function):
         result = values if overwrite else torch.empty_like(values)
         ctx.strides = values.stride()
         needs_mask = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        if ctx.fused:
-            from lowprec.numerics.triton_activations import quantize_activation
-
+        if kernels is not None:
             ends = Ends.of(low, high, values.dtype)
-            mask = quantize_activation(values, addend, exponent, ends, activation, result, needs_mask)
+            mask = kernels.quantize_activation(values, addend, exponent, ends, activation, result, needs_mask)
             masks = [] if mask is None else [mask]
+            ctx.kernels, ctx.unshared = kernels, None if values.is_cuda or mask is None else holders_of_unshared()
         else:
             masks = _quantized_by_operators(ctx, values, exponent, low, high, activation, result, needs_mask)
         ctx.save_for_backward(*masks)
@@ -97,7 +100,7 @@ class StraightThroughActivation(torch.autograd.Function):
         if not masks:
             return _of_inputs(ctx, gradient)
         # Memory that is nobody else's is used again.
-        unshared = not ctx.fused and ctx.unshared is not None and holders(gradient) == ctx.unshared
+        unshared = ctx.unshared is not None and holders(gradient) == ctx.unshared
         if gradient.stride() != ctx.strides:
             unshared = True
             gradient = torch.empty_strided(
@@ -105,9 +108,7 @@ class StraightThroughActivation(torch.autograd.Function):
             ).copy_(gradient)
         passed = gradient if unshared else torch.empty_like(gradient)
         if ctx.fused:
-            from lowprec.numerics.triton_activations import gradient_within
-
-            gradient_within(gradient, masks[0], passed)
+            ctx.kernels.gradient_within(gradient, masks[0], passed)
             return _of_inputs(ctx, passed)
         remaining = iter(masks)
         for to, incoming, clipped in zip(
@@ -146,6 +147,15 @@ def _quantized_by_operators(
     return masks
 
 
+def _kernels(values: Tensor) -> ModuleType | None:
+    """The module of kernels that do it in one pass, or None where PyTorch's operators do."""
+    if runs_triton(values) and values.dtype != torch.float64:
+        from lowprec.numerics import triton_activations
+
+        return triton_activations
+    return native_activations if runs_native(values) else None
+
+
 def _alike(values: Tensor, addend: Tensor) -> bool:
     """Whether both are dense, and their elements lie in the same order, in one dtype."""
     same_order = values.shape == addend.shape and values.stride() == addend.stride()
@@ -162,10 +172,9 @@ def codes_of_multiples(values: Tensor, exponent: Tensor, offset: int) -> Tensor:
     """values / 2^exponent - offset as int8, in shape and strides of ``values``, multiples of 2^exponent; exponent: an int32."""
     values = values if is_dense(values) else values.contiguous()
     codes = torch.empty_like(values, dtype=torch.int8)
-    if runs_triton(values):
-        from lowprec.numerics.triton_activations import write_codes
-
-        write_codes(values, exponent, offset, codes)
+    kernels = _kernels(values)
+    if kernels is not None:
+        kernels.write_codes(values, exponent, offset, codes)
         return codes
     inverse = power_of_two(-exponent)
     size = _block_size(values)
@@ -177,10 +186,9 @@ def codes_of_multiples(values: Tensor, exponent: Tensor, offset: int) -> Tensor:
 def multiples_of_codes(codes: Tensor, exponent: Tensor, offset: int, dtype: torch.dtype) -> Tensor:
     """(codes + offset) · 2^exponent in ``dtype``, which holds each exactly; shape and strides of the ``codes``, int8 or uint8."""
     values = torch.empty_like(codes, dtype=dtype)
-    if is_dense(codes) and runs_triton(codes):
-        from lowprec.numerics.triton_activations import write_values
-
-        write_values(codes, exponent, offset, values)
+    kernels = _kernels(values)
+    if kernels is not None and is_dense(codes):
+        kernels.write_values(codes, exponent, offset, values)
         return values
     scale = power_of_two(exponent)
     if not is_dense(codes):

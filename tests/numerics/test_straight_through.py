@@ -1,5 +1,7 @@
 """Straight-through estimators: forward and gradient."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,7 +10,19 @@ from torch.utils.checkpoint import checkpoint
 
 from lowprec.numerics import straight_through
 from lowprec.numerics.fixed_point import SIGNED_8_BIT, UNSIGNED_8_BIT, CodeRange
+from lowprec.numerics.native.library import is_built
 from lowprec.numerics.straight_through import straight_through_activation, straight_through_weight
+
+NATIVE = pytest.param("native", marks=pytest.mark.skipif(not is_built(), reason="no C compiler, or no AVX2"))
+
+
+@pytest.fixture(params=["operators", NATIVE], scope="module", autouse=True)
+def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    """On a CPU PyTorch's operators quantize activations, or kernels in C."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "operators":
+            patch.setattr(straight_through, "runs_native", lambda tensor: False)
+        yield
 
 
 def int32(exponent: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The activation quantizer's Triton kernels give what PyTorch's operators give: values and gradients, ``==``."""
+"""Kernels of activations, Triton's and those in C, give what PyTorch's operators give: values and gradients, ``==``."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from triton_interpreter import PLACES, operators_only, running
+from triton_interpreter import NATIVE, PLACES, operators_only, running
 
 from lowprec.numerics.fixed_point import MAXIMUM_EXPONENT, MINIMUM_EXPONENT, SIGNED_8_BIT, UNSIGNED_8_BIT, CodeRange
 from lowprec.numerics.straight_through import codes_of_multiples, multiples_of_codes, straight_through_activation
 
 
-@pytest.fixture(params=PLACES, scope="module")
+@pytest.fixture(params=[*PLACES, NATIVE], scope="module")
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """Where the kernels run."""
     with running(request.param) as device:

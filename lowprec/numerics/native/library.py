@@ -1,0 +1,117 @@
+"""The package's C kernels as a shared library: built once for a machine, kept in the user's cache, loaded with ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+log = logging.getLogger("lowprec.kernels")
+
+SOURCE = Path(__file__).with_name("activations.c")
+# No fused multiply-adds: they round once where PyTorch's operators round twice.
+FLAGS = ("-O3", "-mavx2", "-ffp-contract=off", "-fPIC", "-fopenmp")
+SECONDS = 120
+
+_P, _N, _F = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_float
+ARGUMENTS = {
+    "quantize": (_P, _P, _P, _P, _N, _F, _F, _F, _F, _F),
+    "gradient": (_P, _P, _P, _N),
+    "codes": (_P, _P, _N, _F, _F),
+    "values": (_P, _P, _N, _F, _F, ctypes.c_int8),
+}
+
+
+class BuildError(RuntimeError):
+    """There is no library of kernels; the message says why."""
+
+
+@cache
+def is_built() -> bool:
+    """Whether there is a library; it is built where there is none yet. Says why not, once, as information."""
+    try:
+        library()
+    except (BuildError, OSError) as error:
+        log.info("activations are quantized by PyTorch's operators, several times slower: %s", error)
+        return False
+    return True
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The library.
+
+    Raises:
+        BuildError: the CPU lacks AVX2, there is no C compiler, or it fails.
+    """
+    if platform.machine() not in ("x86_64", "AMD64") or torch.backends.cpu.get_cpu_capability() not in (
+        "AVX2",
+        "AVX512",
+    ):
+        raise BuildError("the CPU has no AVX2")
+    compiler = shlex.split(os.environ.get("CC", "")) or [shutil.which("cc") or shutil.which("gcc") or ""]
+    if not compiler[0]:
+        raise BuildError("there is no C compiler (Debian: gcc, libc6-dev)")
+    openmp = _openmp()
+    content = "\n".join([SOURCE.read_text(), *compiler, *FLAGS, openmp])
+    file = _cache() / f"activations-{hashlib.sha256(content.encode()).hexdigest()[:16]}.so"
+    if not file.exists():
+        _build(compiler, openmp, file)
+    loaded = ctypes.CDLL(str(file))
+    for kind, arguments in ARGUMENTS.items():
+        for dtype in ("float", "bfloat16"):
+            function = getattr(loaded, f"{kind}_{dtype}")
+            function.argtypes, function.restype = arguments, None
+    return loaded
+
+
+def _build(compiler: list[str], openmp: str, file: Path) -> None:
+    """Writes the library under a temporary name, then renames it: several processes may build it at a time."""
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        compiled, linked = Path(folder, "activations.o"), Path(folder, "activations.so")
+        # Linked with PyTorch's own OpenMP, whose threads are used.
+        for command in (
+            [*compiler, *FLAGS, "-c", str(SOURCE), "-o", str(compiled)],
+            [*compiler, "-shared", str(compiled), openmp, "-o", str(linked)],
+        ):
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+            except (OSError, subprocess.TimeoutExpired) as error:
+                raise BuildError(f"{shlex.join(command)}: {error}") from error
+            if done.returncode != 0:
+                raise BuildError(f"{shlex.join(command)}: {(done.stderr.strip().splitlines() or [''])[0]}")
+        os.replace(linked, file)
+
+
+def _openmp() -> str:
+    """The OpenMP library that PyTorch has loaded: a second one would have threads of its own, waiting in the way."""
+    lines = Path("/proc/self/maps").read_text().splitlines() if Path("/proc/self/maps").exists() else []
+    loaded = sorted({line.split(maxsplit=5)[5] for line in lines if "libgomp" in line})
+    # Other packages bring their own.
+    own = [path for path in loaded if Path(path).is_relative_to(Path(torch.__file__).parent)]
+    found = own or loaded
+    if len(found) != 1:
+        raise BuildError(f"PyTorch's OpenMP library is not found: {', '.join(found) or 'there is no libgomp'}")
+    return found[0]
+
+
+def _cache() -> Path:
+    """$XDG_CACHE_HOME/lowprec, or where that cannot be written, a folder for temporary files."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowprec"
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        if os.access(home, os.W_OK):
+            return home
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="lowprec-"))

@@ -1,0 +1,71 @@
+"""Kernels of activations for CPUs, in C: one pass over memory each way, equal to what PyTorch's operators give, bit by bit.
+
+PyTorch's operators take seven passes, and as many waits of all threads for each other. The functions are those of
+:mod:`lowprec.numerics.triton_activations`. They are built once for a machine, by the C compiler that is there; without one, and
+on CPUs without AVX2, operators do the same.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lowprec.numerics.fixed_point import power_of_two
+from lowprec.numerics.native.library import is_built, library
+
+NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
+
+
+def runs_native(tensor: Tensor) -> bool:
+    """Whether these kernels quantize ``tensor``: float32 or bfloat16 on a CPU, where nothing is being compiled or traced."""
+    plain = tensor.device.type == "cpu" and tensor.dtype in NAMES and type(tensor) in (Tensor, nn.Parameter)
+    return plain and not torch.compiler.is_compiling() and is_built()
+
+
+def quantize_activation(
+    values: Tensor,
+    addend: Tensor | None,
+    exponent: Tensor,
+    ends: tuple[float, float, float, float],
+    activation: str,
+    out: Tensor,
+    masked: bool,
+) -> Tensor | None:
+    """As :func:`lowprec.numerics.triton_activations.quantize_activation`."""
+    size = values.numel()
+    mask = torch.empty(-(-size // 8) if masked else 0, dtype=torch.uint8)
+    unit = float(power_of_two(exponent))
+    low, high, least, most = (end * unit for end in ends)
+    precision = torch.finfo(values.dtype)
+    if activation:
+        low, least = 0.0, precision.smallest_normal
+    if activation == "relu6":
+        high, most = min(high, 6.0), min(most, 6 - 4 * precision.eps)
+    # 1.5 · 2^23 units: added and taken off, it rounds to multiples.
+    multiple = 12582912.0 * unit
+    function = getattr(library(), f"quantize_{NAMES[values.dtype]}")
+    function(
+        *(values.data_ptr(), None if addend is None else addend.data_ptr(), out.data_ptr()),
+        *(mask.data_ptr() if masked else None, size, multiple, low, high, least, most),
+    )
+    return mask if masked else None
+
+
+def gradient_within(gradient: Tensor, mask: Tensor, out: Tensor) -> None:
+    """As :func:`lowprec.numerics.triton_activations.gradient_within`; float32 or bfloat16."""
+    function = getattr(library(), f"gradient_{NAMES[gradient.dtype]}")
+    function(gradient.data_ptr(), mask.data_ptr(), out.data_ptr(), gradient.numel())
+
+
+def write_codes(values: Tensor, exponent: Tensor, offset: int, out: Tensor) -> None:
+    """As :func:`lowprec.numerics.triton_activations.write_codes`."""
+    function = getattr(library(), f"codes_{NAMES[values.dtype]}")
+    function(values.data_ptr(), out.data_ptr(), values.numel(), float(power_of_two(-exponent)), offset)
+
+
+def write_values(codes: Tensor, exponent: Tensor, offset: int, out: Tensor) -> None:
+    """As :func:`lowprec.numerics.triton_activations.write_values`."""
+    function = getattr(library(), f"values_{NAMES[out.dtype]}")
+    # An unsigned byte is the signed one with the first bit turned, and 128 more.
+    flip, more = (-128, 128) if codes.dtype == torch.uint8 else (0, 0)
+    function(codes.data_ptr(), out.data_ptr(), codes.numel(), float(power_of_two(exponent)), offset + more, flip)

@@ -1,0 +1,99 @@
+"""The library of C kernels is built once, and whatever is in the way of it leaves PyTorch's operators, and says why."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowprec.numerics.fixed_point import UNSIGNED_8_BIT
+from lowprec.numerics.native import library as module
+from lowprec.numerics.native.library import BuildError, is_built, library
+from lowprec.numerics.straight_through import straight_through_activation
+
+needs_compiler = pytest.mark.skipif(not is_built(), reason="no C compiler, or no AVX2")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A cache of the test's own; what was found out before is forgotten."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for known in (is_built, library):
+        known.cache_clear()
+    yield tmp_path / "lowprec"
+    monkeypatch.undo()
+    for known in (is_built, library):
+        known.cache_clear()
+
+
+@needs_compiler
+def test_it_is_built_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert is_built()
+    (file,) = folder.iterdir()
+    assert file.suffix == ".so"
+    library.cache_clear()
+    monkeypatch.setattr(module, "_build", lambda *arguments: pytest.fail("built again"))
+    library()
+
+
+@needs_compiler
+def test_another_source_is_another_library(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library()
+    changed = tmp_path / "activations.c"
+    changed.write_text(module.SOURCE.read_text() + "/* changed */")
+    monkeypatch.setattr(module, "SOURCE", changed)
+    library.cache_clear()
+    library()
+    assert len(list(folder.iterdir())) == 2
+
+
+@needs_compiler
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file where the folder should be."""
+    (tmp_path / "lowprec").write_text("")
+    assert is_built()
+    assert (tmp_path / "lowprec").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [("false", "false .*activations.c"), ("no-such-compiler -x", "no-such-compiler -x.*No such file")],
+)
+@needs_compiler
+def test_a_compiler_that_fails(
+    compiler: str, reason: str, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CC", compiler)
+    with pytest.raises(BuildError, match=reason):
+        library()
+    with caplog.at_level(logging.INFO, logger="lowprec.kernels"):
+        assert not is_built()
+    assert "PyTorch's operators" in caplog.text
+    assert list(folder.iterdir()) == []
+    # Operators do it.
+    values = torch.tensor([-1.0, 0.6, 300.0], requires_grad=True)
+    whole = torch.tensor(0, dtype=torch.int32)
+    assert straight_through_activation(values, whole, UNSIGNED_8_BIT, "relu").tolist() == [0.0, 1.0, 255.0]
+
+
+def test_no_compiler_and_no_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(module.shutil, "which", lambda name: None)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(module.platform, "machine", lambda: "x86_64")
+    with pytest.raises(BuildError, match="no C compiler"):
+        library()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    with pytest.raises(BuildError, match="no AVX2"):
+        library()
+
+
+@needs_compiler
+def test_another_openmp_is_not_taken_for_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packages such as scikit-learn bring one, too."""
+    import sklearn.cluster  # noqa: F401
+
+    assert Path(module._openmp()).is_relative_to(Path(torch.__file__).parent)
