@@ -1,7 +1,7 @@
 # lowprec with Debian's Fashion-MNIST: `docker run IMAGE` does the default run, `docker run IMAGE python train.py ...` another.
 FROM debian:bookworm-slim
 
-# gcc, libc6-dev and python3-dev: Triton builds the GPU's kernels with them.
+# gcc, libc6-dev and python3-dev: Triton builds the GPU's kernels with them; the CPU's are built with the first two.
 RUN apt-get update \
     && apt-get install -y --no-install-recommends \
         ca-certificates dataset-fashion-mnist gcc libc6-dev python3 python3-dev python3-venv \
