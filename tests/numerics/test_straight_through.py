@@ -176,3 +176,12 @@ def test_a_checkpoint_computes_again_what_it_did_not_keep() -> None:
         result.square().sum().backward()
         gradients.append(source.grad)
     assert torch.equal(*gradients)
+
+
+def test_what_is_overwritten_and_was_kept_is_an_error() -> None:
+    values = torch.linspace(-3, 3, 64, requires_grad=True)
+    squared = values * values
+    kept = squared.exp()  # keeps its result
+    result = straight_through_activation(kept, int32(-3), UNSIGNED_8_BIT, overwrite=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.sum().backward()
