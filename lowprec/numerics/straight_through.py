@@ -86,9 +86,6 @@ class StraightThroughActivation(torch.autograd.Function):
             ends = Ends.of(low, high, values.dtype)
             mask = kernels.quantize_activation(values, addend, exponent, ends, activation, result, needs_mask)
             masks = [] if mask is None else [mask]
-            if overwrite:
-                # As operators do when they change a tensor in place, so that autograd sees it.
-                torch.autograd.graph.increment_version(values)
             ctx.kernels, ctx.unshared = kernels, None if values.is_cuda or mask is None else holders_of_unshared()
         else:
             masks = _quantized_by_operators(ctx, values, exponent, low, high, activation, result, needs_mask)
