@@ -15,13 +15,11 @@ from triton.runtime.jit import JITFunction
 
 from lowprec.layers import tensor_core_product, weights
 from lowprec.numerics import straight_through, triton_activations, triton_arithmetic, triton_products, triton_weights
-from lowprec.numerics.native.library import is_built
 
 # In the order in which they use each other.
 MODULES = (triton_arithmetic, triton_activations, triton_products, triton_weights)
 USERS = (straight_through, weights, tensor_core_product)
 # Where Triton's kernels run: the interpreter anywhere, and a GPU where there is one.
-NATIVE = pytest.param("native", marks=pytest.mark.skipif(not is_built(), reason="no C compiler, or no AVX2"))
 PLACES = ["interpreter", *([pytest.param("gpu", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]
 
 

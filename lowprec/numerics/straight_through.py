@@ -65,10 +65,9 @@ class StraightThroughActivation(torch.autograd.Function):
         overwrite: bool,
     ) -> Tensor:
         ctx.dtypes = values.dtype, None if addend is None else addend.dtype
-        kernels = _kernels(values)
-        ctx.fused = kernels is not None
+        ctx.kernels = kernels = _kernels(values)
         given = values
-        if addend is not None and not (ctx.fused and values.dtype != torch.float16 and _alike(values, addend)):
+        if addend is not None and not (kernels and values.dtype != torch.float16 and _alike(values, addend)):
             in_place = overwrite and values.dtype == addend.dtype
             values, addend = values.add_(addend) if in_place else values + addend, None
         if values.dtype == torch.float16:
@@ -86,7 +85,7 @@ class StraightThroughActivation(torch.autograd.Function):
             ends = Ends.of(low, high, values.dtype)
             mask = kernels.quantize_activation(values, addend, exponent, ends, activation, result, needs_mask)
             masks = [] if mask is None else [mask]
-            ctx.kernels, ctx.unshared = kernels, None if values.is_cuda or mask is None else holders_of_unshared()
+            ctx.unshared = None if values.is_cuda or mask is None else holders_of_unshared()
         else:
             masks = _quantized_by_operators(ctx, values, exponent, low, high, activation, result, needs_mask)
         ctx.save_for_backward(*masks)
@@ -107,7 +106,7 @@ class StraightThroughActivation(torch.autograd.Function):
                 gradient.shape, ctx.strides, dtype=gradient.dtype, device=gradient.device
             ).copy_(gradient)
         passed = gradient if unshared else torch.empty_like(gradient)
-        if ctx.fused:
+        if ctx.kernels is not None:
             ctx.kernels.gradient_within(gradient, masks[0], passed)
             return _of_inputs(ctx, passed)
         remaining = iter(masks)

@@ -129,7 +129,8 @@ def train(config: RunConfig, console: Console, callbacks: Sequence[Callback] = (
 def compute_deterministically() -> None:
     """Sums of a GPU or of several threads are done in a fixed order, so that the same seed gives the same figures."""
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # Else PyTorch fills new memory with NaN before it is written, another pass over each tensor; nothing is read before.
+    # Else PyTorch fills new memory with NaN before it is written, another pass over each tensor; nothing is read before. (A
+    # documented property of the module, which its types do not have.)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 

@@ -88,7 +88,7 @@ def test_the_peak_of_a_step_by_hand() -> None:
 
 @pytest.mark.parametrize(
     ("name", "launches", "moved", "held"),
-    [("resnet18", 1.45, 1.09, 0.9), ("mobilenetv2_100", 1.36, 0.9, 0.75), ("resnet50", 1.4, 1.09, 1.05)],
+    [("resnet18", 1.45, 1.08, 0.9), ("mobilenetv2_100", 1.36, 0.9, 0.75), ("resnet50", 1.4, 1.09, 1.05)],
 )
 def test_kernels_move_and_hold_hardly_more_than_a_plain_step(
     name: str, launches: float, moved: float, held: float

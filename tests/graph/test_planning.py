@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from timm.layers.pool2d_same import MaxPool2dSame
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -241,6 +242,7 @@ def hooked() -> nn.Module:
         (nn.AvgPool2d(2, divisor_override=3), "AvgPool2d at after .*: divisor_override=3"),
         (nn.AvgPool2d(3, 2, 1, ceil_mode=True), "AvgPool2d at after .*: ceil_mode=True"),
         (nn.AdaptiveAvgPool2d(2), "AdaptiveAvgPool2d at after .*: output_size=2; only 1"),
+        (MaxPool2dSame(2), "MaxPool2dSame at after .*: a kind of MaxPool2d that computes something of its own"),
         (nn.MaxPool2d(2, return_indices=True), "MaxPool2d at after .*: return_indices=True"),
         (nn.Upsample(scale_factor=2, mode="bicubic"), "Upsample at after .*: mode='bicubic'"),
         (nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True), "Upsample at after .*: align_corners=True"),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from native_kernels import needs_compiler
 from networks import awkward, images
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,7 +16,6 @@ from torch.utils._pytree import tree_leaves
 import lowprec
 from lowprec.models.cifar_resnet import CifarResNet
 from lowprec.numerics import straight_through
-from lowprec.numerics.native.library import is_built
 
 BATCH = images(1, 32, (1, 28, 28))
 LAYERS = 10
@@ -67,7 +67,7 @@ def test_a_step_on_operators_does_no_more_than_it_did(
     check(recipe, calls, written, model)
 
 
-@pytest.mark.skipif(not is_built(), reason="no C compiler, or no AVX2")
+@needs_compiler
 @pytest.mark.parametrize(
     ("recipe", "calls", "written"), [("w2a8_n4", 77, 1.0), ("w4a8_n4", 74, 1.0), ("w8a8", 88, 1.05)]
 )

@@ -20,7 +20,7 @@ BATCH = images(1, 2, (1, 12, 12))
 LABELS = torch.arange(2)
 
 
-def prepared(recipe: str) -> nn.Module:
+def prepared(recipe: str, memory_format: torch.memory_format) -> nn.Module:
     """Weights on a grid, so that sums over clusters are exact in whatever order; they have moved since they were solved."""
     torch.manual_seed(0)
     model = create_model("cifar_resnet8", in_channels=1, num_classes=4, width=8).eval()
@@ -33,7 +33,7 @@ def prepared(recipe: str) -> nn.Module:
         for parameter in qmodel.parameters():
             if parameter.dim() > 1:
                 parameter += torch.randint(-99, 99, parameter.shape) / 2048
-    return qmodel.train()
+    return qmodel.train().to(memory_format=memory_format)  # type: ignore[call-overload,no-any-return]
 
 
 def step(qmodel: nn.Module, keep_codes: bool = False) -> list[Tensor]:
@@ -51,7 +51,7 @@ def step(qmodel: nn.Module, keep_codes: bool = False) -> list[Tensor]:
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("recipe", ["w2a8_n4", "w4a8_n4", "w2a8_n64", "w8a8"])
 def test_a_step_is_that_of_operators(recipe: str, memory_format: torch.memory_format, place: str) -> None:
-    qmodel = prepared(recipe).to(memory_format=memory_format)  # type: ignore[call-overload]
+    qmodel = prepared(recipe, memory_format)
     with running(place) as device, torch.backends.cudnn.flags(benchmark=False, deterministic=True):
         fused, plain = copy.deepcopy(qmodel).to(device), copy.deepcopy(qmodel).to(device)
         found = step(fused)
@@ -67,7 +67,7 @@ def test_a_step_is_that_of_operators(recipe: str, memory_format: torch.memory_fo
 def test_a_step_that_keeps_codes_is_that_of_operators(
     bfloat16: bool, memory_format: torch.memory_format, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    qmodel = prepared("w2a8_n4").to(memory_format=memory_format)  # type: ignore[call-overload]
+    qmodel = prepared("w2a8_n4", memory_format)
     written: list[str] = []
     with running(place) as device, torch.backends.cudnn.flags(benchmark=False, deterministic=True):
         for name in ("write_codes", "write_values"):

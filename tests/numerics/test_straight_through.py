@@ -4,16 +4,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from native_kernels import NATIVE
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from lowprec.numerics import straight_through
 from lowprec.numerics.fixed_point import SIGNED_8_BIT, UNSIGNED_8_BIT, CodeRange
-from lowprec.numerics.native.library import is_built
 from lowprec.numerics.straight_through import straight_through_activation, straight_through_weight
-
-NATIVE = pytest.param("native", marks=pytest.mark.skipif(not is_built(), reason="no C compiler, or no AVX2"))
 
 
 @pytest.fixture(params=["operators", NATIVE], scope="module", autouse=True)

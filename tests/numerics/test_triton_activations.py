@@ -9,8 +9,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from native_kernels import NATIVE
 from torch import Tensor
-from triton_interpreter import NATIVE, PLACES, operators_only, running
+from triton_interpreter import PLACES, operators_only, running
 
 from lowprec.numerics.fixed_point import MAXIMUM_EXPONENT, MINIMUM_EXPONENT, SIGNED_8_BIT, UNSIGNED_8_BIT, CodeRange
 from lowprec.numerics.straight_through import codes_of_multiples, multiples_of_codes, straight_through_activation

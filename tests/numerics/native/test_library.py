@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from native_kernels import needs_compiler
 
 from lowprec.numerics.fixed_point import UNSIGNED_8_BIT
 from lowprec.numerics.native import library as module
 from lowprec.numerics.native.library import BuildError, is_built, library
 from lowprec.numerics.straight_through import straight_through_activation
-
-needs_compiler = pytest.mark.skipif(not is_built(), reason="no C compiler, or no AVX2")
 
 
 @pytest.fixture(autouse=True)
@@ -92,8 +92,7 @@ def test_no_compiler_and_no_processor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_compiler
-def test_another_openmp_is_not_taken_for_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_openmp_is_not_taken_for_pytorchs() -> None:
     """Packages such as scikit-learn bring one, too."""
-    import sklearn.cluster  # noqa: F401
-
+    importlib.import_module("sklearn.cluster")
     assert Path(module._openmp()).is_relative_to(Path(torch.__file__).parent)
