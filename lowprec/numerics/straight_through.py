@@ -85,7 +85,7 @@ class StraightThroughActivation(torch.autograd.Function):
             ends = Ends.of(low, high, values.dtype)
             mask = kernels.quantize_activation(values, addend, exponent, ends, activation, result, needs_mask)
             masks = [] if mask is None else [mask]
-            ctx.unshared = None if values.is_cuda or mask is None else holders_of_unshared()
+            ctx.unshared = holders_of_unshared() if values.device.type == "cpu" and mask is not None else None
         else:
             masks = _quantized_by_operators(ctx, values, exponent, low, high, activation, result, needs_mask)
         ctx.save_for_backward(*masks)
