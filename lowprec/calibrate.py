@@ -6,17 +6,17 @@ the batch norm is corrected, then the exponent of the output is chosen, then the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map_only
 
-from lowprec.calibration.statistics import ChannelStatistics, ChannelSums, correct_norm
+from lowprec.calibration.statistics import ChannelStatistics, ChannelSums, Inputs, correct_norm
 from lowprec.calibration.walk import Walk
 from lowprec.images import check_images, image_batches
 from lowprec.layers import ActivationQuantizer, QuantizedLayer
-from lowprec.layers.integer_product import on_integers
 from lowprec.prepare import expect_prepared, full_precision
 
 
@@ -44,8 +44,7 @@ def calibrate(qmodel: fx.GraphModule, batches: Iterable[Any], batch_norm_correct
     qmodel.eval()
     try:
         reference = _reference_statistics(qmodel, images) if batch_norm_correction else {}
-        with on_integers(qmodel):
-            _CalibrationWalk(qmodel, reference).run(images)
+        _CalibrationWalk(qmodel, reference).run(images)
     finally:
         qmodel.train(was_training)
 
@@ -75,7 +74,7 @@ class _CalibrationWalk(Walk):
         super().__init__(qmodel)
         self.reference = reference
 
-    def normalized(self, node: fx.Node, layer: QuantizedLayer, inputs: Sequence[Tensor]) -> list[Tensor]:
+    def normalized(self, node: fx.Node, layer: QuantizedLayer, inputs: Inputs) -> list[Tensor]:
         if str(node.target) in self.reference:
             return correct_norm(layer, self.reference[str(node.target)], inputs)
         return super().normalized(node, layer, inputs)
@@ -92,11 +91,28 @@ def _reference_statistics(qmodel: fx.GraphModule, images: list[Tensor]) -> dict[
     try:
         with full_precision(qmodel):
             for batch in images:
-                qmodel(batch)
+                _ChannelsLast(qmodel).run(batch)
     finally:
         for handle in handles:
             handle.remove()
     return {name: channel_sums.statistics() for name, channel_sums in sums.items()}
+
+
+class _ChannelsLast(fx.Interpreter):
+    """Computes on channels_last images, quicker on CPUs, but where the model moves numbers about: it may call view."""
+
+    def run(self, *images: Any, **keywords: Any) -> Any:
+        return super().run(*(batch.contiguous(memory_format=torch.channels_last) for batch in images), **keywords)
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return super().call_function(target, *_contiguous(args, kwargs))
+
+    def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return super().call_method(target, *_contiguous(args, kwargs))
+
+
+def _contiguous(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return tree_map_only(Tensor, Tensor.contiguous, (args, kwargs))
 
 
 def _recorder(layer: QuantizedLayer, sums: ChannelSums) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from lowprec.calibrate import calibration_images, is_calibrated
 from lowprec.calibration.moments import moments
-from lowprec.calibration.statistics import correct_mean, statistics_of
+from lowprec.calibration.statistics import Inputs, correct_mean, statistics_of
 from lowprec.calibration.walk import Walk, attribute, call
 from lowprec.layers import QuantizedBatchNorm2d, QuantizedLayer
 from lowprec.numerics.compensation import (
@@ -99,7 +99,7 @@ class _ReconstructionWalk(Walk):
     def _arguments(self, node: fx.Node, batch: int) -> Any:
         return fx.map_arg((node.args, node.kwargs), lambda used: self.wanted[used][batch])
 
-    def normalized(self, node: fx.Node, layer: QuantizedLayer, inputs: Sequence[Tensor]) -> list[Tensor]:
+    def normalized(self, node: fx.Node, layer: QuantizedLayer, inputs: Inputs) -> list[Tensor]:
         if not isinstance(layer, QuantizedBatchNorm2d):
             if layer.weight[0].numel() <= LARGEST_INPUTS:
                 fit_weights(layer, inputs, self.outputs)
@@ -108,7 +108,7 @@ class _ReconstructionWalk(Walk):
         return correct_mean(layer, statistics_of(layer, self.outputs), inputs)
 
 
-def fit_weights(layer: QuantizedLayer, inputs: Sequence[Tensor], outputs: list[Tensor]) -> None:
+def fit_weights(layer: QuantizedLayer, inputs: Inputs, outputs: list[Tensor]) -> None:
     """Sets latent weights and scales of ``layer`` to those that best give ``outputs`` (before batch norm) from ``inputs``."""
     found = moments(layer, inputs, outputs)
     groups, inputs_of_channel, _ = found.h_gKK.shape

@@ -14,6 +14,7 @@ import lowprec
 from lowprec.calibrate import calibrate
 from lowprec.calibration.walk import ADD_REACH, MASK_EXPONENT
 from lowprec.integer.operators import IntegerAdd
+from lowprec.layers import QuantizedAveragePool
 from lowprec.numerics.calibrators import choose_exponent
 from lowprec.prepare import full_precision, prepare
 from lowprec.recipe import ActivationScheme, Recipe, WeightScheme
@@ -244,3 +245,31 @@ def test_correction_gains_on_a_trained_network() -> None:
         accuracies.append(float((found.argmax(1) == labels[1200:]).float().mean()))
     assert ratios[1] > ratios[0]
     assert accuracies[1] > accuracies[0]
+
+
+class FaintTwice(Faint):
+    """The branch is used once more, behind the sum, moved about."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.conv(images)
+        y = self.branch(x)
+        moved = y.transpose(2, 3)
+        return self.head((x + y).mean((2, 3)) + moved.mean((2, 3)))
+
+
+def test_another_user_of_an_operand_brought_within_reach_sees_its_new_codes() -> None:
+    qmodel = prepare(FaintTwice(2.0**-30).eval(), "w8a8", BATCHES[0])
+    calibrate(qmodel, BATCHES)
+    pools = [module for module in qmodel.modules() if isinstance(module, QuantizedAveragePool)]
+    assert len(pools) == 2
+    seen: dict[nn.Module, list[Tensor]] = {pool: [] for pool in pools}
+    for pool in pools:
+        pool.register_forward_pre_hook(lambda module, inputs: seen[module].append(inputs[0]))
+    with torch.no_grad():
+        for batch in BATCHES:
+            qmodel(batch)
+    scheme = qmodel.meta["recipe"].activations
+    for pool, inputs in seen.items():
+        means = [pool.unquantized(values) for values in inputs]
+        quantizer = pool.quantizer
+        assert int(quantizer.exponent) == choose_exponent(means, quantizer.codes, scheme.calibrator, scheme.percentile)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lowprec.calibration.codes import Codes, values_of
 from lowprec.layers import QuantizedLayer
 
 # Positions of the feature maps that are used, evenly spaced: so many for each input of an output channel, and at least so
@@ -27,7 +28,7 @@ class Moments(NamedTuple):
     positions: int
 
 
-def moments(layer: QuantizedLayer, inputs: Sequence[Tensor], outputs: list[Tensor]) -> Moments:
+def moments(layer: QuantizedLayer, inputs: Sequence[Codes | Tensor], outputs: list[Tensor]) -> Moments:
     """Moments over batches of inputs and of wanted outputs, [B, C, H, W] or [..., C] each."""
     channels = layer.weight.shape[0]
     positions = sum(output.numel() // channels for output in outputs)
@@ -36,7 +37,7 @@ def moments(layer: QuantizedLayer, inputs: Sequence[Tensor], outputs: list[Tenso
     count = 0
     sums: list[Tensor | float] = [0.0, 0.0, 0.0, 0.0]
     for values, output in zip(inputs, outputs, strict=True):
-        x_gKN = layer.columns(values)[..., ::step]
+        x_gKN = layer.columns(values_of(values))[..., ::step]
         y_gON = layer.by_channel(output).unflatten(0, (x_gKN.shape[0], -1))[..., ::step]
         count += x_gKN.shape[-1]
         products = (x_gKN.sum(-1), y_gON.sum(-1), x_gKN @ x_gKN.transpose(1, 2), x_gKN @ y_gON.transpose(1, 2))

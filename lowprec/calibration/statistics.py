@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from lowprec.calibration.codes import Codes, products
 from lowprec.layers import QuantizedLayer
-from lowprec.layers.linear import folded_once
 
 # Variances below this are those of channels that are switched off: a ratio of two of them means nothing.
 DEAD_VARIANCE = 1e-12
-# Squares of means this much larger than the variance leave too little of it in sums of float32.
-CANCELLING = 1e3
+# Positions over which sums are of float32 alone.
+POSITIONS = 1 << 12
+
+# Batches of a layer's input.
+Inputs: TypeAlias = Sequence[Codes | Tensor]
 
 
 class ChannelStatistics(NamedTuple):
@@ -25,7 +28,10 @@ class ChannelStatistics(NamedTuple):
 
 
 class ChannelSums:
-    """Count, sum and sum of squares of each channel, over batches [B, C, positions]: float32 in an image, float64 beyond."""
+    """Count, sum and sum of squares of each channel, over batches [B, C, positions].
+
+    Float32 within an image and up to POSITIONS of several, about their mean; float64 beyond.
+    """
 
     def __init__(self) -> None:
         self.count = 0
@@ -33,39 +39,28 @@ class ChannelSums:
         self.squares: Tensor | float = 0.0
 
     def add(self, values: Tensor) -> None:
-        count = values.shape[0] * values.shape[2]
-        total = values.sum(2).double().sum(0)
-        squares = _squares(values).sum(0)
-        mean_square = (total / count).square()
-        near_constant = mean_square > CANCELLING * (squares / count - mean_square)
-        if near_constant.any():
-            wide = values[:, near_constant].double()
-            total[near_constant] = wide.sum((0, 2))
-            squares[near_constant] = wide.square().sum((0, 2))
-        self.count += count
-        self.total = self.total + total
-        self.squares = self.squares + squares
+        images = values.unsqueeze(3)
+        for some in images.split(max(1, POSITIONS // values.shape[2])):
+            count = some.shape[0] * some.shape[2]
+            # What batch norm computes in training: one pass, if the channels of a position lie side by side.
+            mean, variance = (found.double() for found in torch.batch_norm_update_stats(some, None, None, 0.0))
+            self.count += count
+            self.total = self.total + count * mean
+            self.squares = self.squares + count * (variance + mean.square())
 
     def statistics(self) -> ChannelStatistics:
         mean = torch.as_tensor(self.total) / self.count
         return ChannelStatistics(mean, (torch.as_tensor(self.squares) / self.count - mean.square()).clamp(min=0))
 
 
-def _squares(values: Tensor) -> Tensor:
-    """Sums of squares over positions, [B, C], float64."""
-    if values.stride(2) == 1:
-        # A norm squares and adds without a tensor of squares, where positions lie side by side.
-        return torch.linalg.vector_norm(values, dim=2).double().square()
-    return torch.stack([image.square().sum(1) for image in values]).double()
-
-
-def correct_norm(layer: QuantizedLayer, reference: ChannelStatistics, inputs: Sequence[Tensor]) -> list[Tensor]:
+def correct_norm(layer: QuantizedLayer, reference: ChannelStatistics, inputs: Inputs) -> list[Tensor]:
     """var' = var · var_q / var_fp, but for channels without variance, and then means as in :func:`correct_mean`.
 
     reference: statistics of what goes into the batch norm in full precision. inputs: of the layer, quantized. Returns the
     layer's outputs before the activation function, corrected, batch by batch.
     """
-    found = statistics_of(layer, map(layer.before_norm, inputs))
+    weight, exponent = layer.weight_quantizer.with_exponents(layer.weight)
+    found = statistics_of(layer, products(layer, inputs, weight, exponent, layer.bias))
     norm = layer.norm
     assert norm is not None
     assert norm.running_mean is not None
@@ -77,7 +72,7 @@ def correct_norm(layer: QuantizedLayer, reference: ChannelStatistics, inputs: Se
     return _correct_mean(layer, wanted, inputs)
 
 
-def correct_mean(layer: QuantizedLayer, reference: ChannelStatistics, inputs: Sequence[Tensor]) -> list[Tensor]:
+def correct_mean(layer: QuantizedLayer, reference: ChannelStatistics, inputs: Inputs) -> list[Tensor]:
     """mean' = mean + (mean_q − mean_fp) / gain, or, in a layer without batch norm, bias' = bias − mean_q + mean_fp.
 
     mean_q: of the outputs behind the batch norm, with the folded, rounded weights that are shipped: their rounding moves
@@ -92,9 +87,9 @@ def _mean_behind(layer: QuantizedLayer, reference: ChannelStatistics) -> Tensor:
     return reference.mean * gain + offset
 
 
-def _correct_mean(layer: QuantizedLayer, wanted: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+def _correct_mean(layer: QuantizedLayer, wanted: Tensor, inputs: Inputs) -> list[Tensor]:
     outputs = normalized(layer, inputs)
-    excess = statistics_of(layer, outputs).mean - wanted
+    excess = _mean_of(layer, outputs) - wanted
     before = layer.fold()
     if layer.norm is not None:
         assert layer.norm.running_mean is not None
@@ -114,10 +109,10 @@ def _correct_mean(layer: QuantizedLayer, wanted: Tensor, inputs: Sequence[Tensor
     return outputs
 
 
-def normalized(layer: QuantizedLayer, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The layer's outputs before the activation function, batch by batch."""
-    with folded_once(layer):
-        return [layer.normalized(values) for values in inputs]
+def normalized(layer: QuantizedLayer, inputs: Inputs) -> list[Tensor]:
+    """The layer's outputs before the activation function, batch by batch, in evaluation."""
+    weight, exponent, bias = layer.folded_values()
+    return list(products(layer, inputs, weight, exponent, bias.float()))
 
 
 def statistics_of(layer: QuantizedLayer, outputs: Iterable[Tensor]) -> ChannelStatistics:
@@ -126,3 +121,13 @@ def statistics_of(layer: QuantizedLayer, outputs: Iterable[Tensor]) -> ChannelSt
     for output in outputs:
         sums.add(layer.by_image(output))
     return sums.statistics()
+
+
+def _mean_of(layer: QuantizedLayer, outputs: Iterable[Tensor]) -> Tensor:
+    """The mean of each of the layer's output channels [C] over batches: float32 in an image, float64 beyond."""
+    count, total = 0, torch.zeros((), dtype=torch.float64)
+    for output in outputs:
+        values = layer.by_image(output)
+        count += values.shape[0] * values.shape[2]
+        total = total + values.sum(2).double().sum(0)
+    return total / count

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
-from lowprec.calibration.statistics import normalized
+from lowprec.calibration.codes import Codes, values_of
+from lowprec.calibration.statistics import Inputs, normalized
 from lowprec.layers import ActivationQuantizer, QuantizedAdd, QuantizedLayer
 from lowprec.numerics.calibrators import choose_exponent
-from lowprec.numerics.fixed_point import dequantize, quantize, quantize_
 from lowprec.recipe import ActivationScheme
 
 log = logging.getLogger("lowprec.calibrate")
@@ -40,7 +38,7 @@ class Walk:
     def enter(self, node: fx.Node, images: list[Tensor]) -> None:
         """What is done at each node before its tensor is computed."""
 
-    def normalized(self, node: fx.Node, layer: QuantizedLayer, inputs: Sequence[Tensor]) -> list[Tensor]:
+    def normalized(self, node: fx.Node, layer: QuantizedLayer, inputs: Inputs) -> list[Tensor]:
         """What a layer gives before its activation function, batch by batch; here its weights and statistics may change."""
         return normalized(layer, inputs)
 
@@ -77,36 +75,64 @@ class Walk:
                 module.set_exponent(MASK_EXPONENT)
             else:
                 self._choose(name, module, values)
-            return [_coded(quantize(value, module.exponent, module.codes), module) for value in values]
+            return [Codes.of(module(value), module) for value in values]
         if isinstance(module, QuantizedLayer):
             return self._layer_outputs(node, module, batches)
         if getattr(module, "quantizer", None) is None:
             # No quantizer of its own: it hands on the grid of its input, or its output is the network's.
-            results = [module(*map(_unpacked, batch)) for batch in batches]
-            if not isinstance(batches[0][0], _Codes):
+            results = [module(*map(values_of, batch)) for batch in batches]
+            if not isinstance(batches[0][0], Codes):
                 return results
-            quantizer = batches[0][0].quantizer
-            return [_coded(quantize(result, quantizer.exponent, quantizer.codes), quantizer) for result in results]
+            return [Codes.of(result, batches[0][0].quantizer) for result in results]
         if isinstance(module, QuantizedAdd):
-            batches = _within_reach(name, batches)
-        outputs = [module.unquantized(*map(_unpacked, batch)) for batch in batches]  # type: ignore[operator]
+            batches = self._within_reach(node)
+        outputs = [module.unquantized(*map(values_of, batch)) for batch in batches]  # type: ignore[operator]
         return self._quantized(name, module.quantizer, outputs)  # type: ignore[arg-type]
 
     def _layer_outputs(self, node: fx.Node, layer: QuantizedLayer, batches: list[tuple[Any, ...]]) -> list[Any]:
-        outputs = self.normalized(node, layer, _Unpacked([batch[0] for batch in batches]))
+        outputs = self.normalized(node, layer, [batch[0] for batch in batches])
         for index, batch in enumerate(batches):
-            outputs[index] = layer.activated(outputs[index], *map(_unpacked, batch[1:]))
+            outputs[index] = layer.activated(outputs[index], *map(values_of, batch[1:]))
         return outputs if layer.quantizer is None else self._quantized(str(node.target), layer.quantizer, outputs)
+
+    def _within_reach(self, node: fx.Node) -> list[tuple[Any, ...]]:
+        """Operands of an add whose exponents lie at most ADD_REACH apart, batch by batch.
+
+        The finer one is made coarser, which the sum hides. A branch that is scaled down to next to nothing, as ConvNeXt's are at
+        first, would need more bits than kernels have.
+        """
+        operands = [used for used in node.args if isinstance(used, fx.Node)]
+        quantizers = [self.values[used][0].quantizer for used in operands]
+        least = max(int(quantizer.exponent) for quantizer in quantizers) - ADD_REACH
+        for quantizer in quantizers:
+            if int(quantizer.exponent) < least:
+                log.info(
+                    "%s: an operand's exponent is raised from %d to %d", node.target, int(quantizer.exponent), least
+                )
+                self._raise(quantizer, least)
+        return list(zip(*(self.values[used] for used in operands), strict=True))
+
+    def _raise(self, quantizer: ActivationQuantizer, exponent: int) -> None:
+        """Makes a quantizer's grid coarser, and rounds to it all that is kept on it."""
+        before = quantizer.exponent.clone()
+        quantizer.set_exponent(exponent)
+
+        def rounded(stored: Any) -> Any:
+            if isinstance(stored, Codes):
+                on_it = stored.quantizer is quantizer
+                return Codes.of(quantizer(stored.values(before), overwrite=True), quantizer) if on_it else stored
+            return tuple(map(rounded, stored)) if isinstance(stored, tuple) else stored
+
+        self.values = {node: list(map(rounded, batches)) for node, batches in self.values.items()}
 
     def _move(self, node: fx.Node, batch: int) -> Any:
         """What a call without a module gives for one batch: numbers taken from shapes, or codes that are moved."""
         quantizers = []
 
         def tensor_of(stored: Any) -> Any:
-            if isinstance(stored, _Codes):
+            if isinstance(stored, Codes):
                 quantizers.append(stored.quantizer)
-                # Not all movements take 8-bit integers.
-                return stored.codes.to(torch.float32, memory_format=torch.contiguous_format)
+                return stored.values().contiguous()
             if isinstance(stored, Tensor):
                 return stored.contiguous()
             return tuple(map(tensor_of, stored)) if isinstance(stored, tuple) else stored
@@ -116,14 +142,14 @@ class Walk:
         if not quantizers:
             return result  # a number, or a constant on its way to its quantizer
         if isinstance(result, Tensor):
-            return _coded(result, quantizers[0])
+            return Codes.of(result, quantizers[0])
         moved = isinstance(result, tuple | list) and any(isinstance(item, Tensor) for item in result)
-        return tuple(_coded(item, quantizers[0]) for item in result) if moved else result
+        return tuple(Codes.of(item, quantizers[0]) for item in result) if moved else result
 
     def _quantized(self, name: str, quantizer: ActivationQuantizer, outputs: list[Tensor]) -> list[Any]:
         """Codes of ``outputs``, whose memory is used."""
         self._choose(name, quantizer, outputs)
-        return [_coded(quantize_(output, quantizer.exponent, quantizer.codes), quantizer) for output in outputs]
+        return [Codes.of(quantizer(output, overwrite=True), quantizer) for output in outputs]
 
     def _choose(self, name: str, quantizer: ActivationQuantizer, outputs: list[Tensor]) -> None:
         try:
@@ -147,63 +173,7 @@ def attribute(module: nn.Module, path: str) -> Any:
     return getattr(module.get_submodule(owner), name)
 
 
-class _Codes(NamedTuple):
-    """A tensor as calibration keeps it: 8-bit codes, and the quantizer on whose grid they lie."""
-
-    codes: Tensor
-    quantizer: ActivationQuantizer
-
-
-class _Unpacked(Sequence[Tensor]):
-    """Tensors as calibration keeps them, each unpacked when it is read and no longer than that."""
-
-    def __init__(self, stored: list[Any]) -> None:
-        self.stored = stored
-
-    def __len__(self) -> int:
-        return len(self.stored)
-
-    def __getitem__(self, index: Any) -> Any:
-        return _unpacked(self.stored[index])
-
-
-def _coded(codes: Tensor, quantizer: ActivationQuantizer) -> _Codes:
-    memory_format = torch.channels_last if codes.dim() == 4 else torch.contiguous_format
-    return _Codes(codes.to(torch.int8 if quantizer.signed else torch.uint8, memory_format=memory_format), quantizer)
-
-
 def _is_mask(values: Tensor) -> bool:
     """Whether a tensor holds zeros and one very negative number alone."""
     lowest = values.amin()
     return bool(lowest <= MASK_THRESHOLD) and bool(((values == 0) | (values == lowest)).all())
-
-
-def _within_reach(name: str, batches: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """Operands of an add whose exponents lie at most ADD_REACH apart: the finer one is made coarser, which the sum hides.
-
-    A branch that is scaled down to next to nothing, as ConvNeXt's are at first, would need more bits than kernels have.
-    """
-    quantizers = [stored.quantizer for stored in batches[0]]
-    least = max(int(quantizer.exponent) for quantizer in quantizers) - ADD_REACH
-    if all(int(quantizer.exponent) >= least for quantizer in quantizers):
-        return batches
-    for quantizer in quantizers:
-        if int(quantizer.exponent) < least:
-            log.info("%s: an operand's exponent is raised from %d to %d", name, int(quantizer.exponent), least)
-    before = [quantizer.exponent.clone() for quantizer in quantizers]
-    for quantizer in quantizers:
-        quantizer.set_exponent(max(int(quantizer.exponent), least))
-    return [
-        tuple(
-            _coded(
-                quantize(dequantize(stored.codes, old), stored.quantizer.exponent, stored.quantizer.codes),
-                stored.quantizer,
-            )
-            for stored, old in zip(batch, before, strict=True)
-        )
-        for batch in batches
-    ]
-
-
-def _unpacked(stored: Any) -> Tensor:
-    return dequantize(stored.codes, stored.quantizer.exponent) if isinstance(stored, _Codes) else stored

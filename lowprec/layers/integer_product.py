@@ -9,8 +9,7 @@ values that the 8-bit codes give back exactly: these alone are kept for it, a qu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,19 +48,6 @@ def use_integer_kernels(qmodel: fx.GraphModule, enabled: bool = True) -> int:
     return count
 
 
-@contextmanager
-def on_integers(qmodel: fx.GraphModule) -> Iterator[None]:
-    """Within it, layers use integer kernels where they can; afterwards they do as before."""
-    layers = [module for module in qmodel.modules() if isinstance(module, QuantizedLayer)]
-    before = [layer.product for layer in layers]
-    use_integer_kernels(qmodel)
-    try:
-        yield
-    finally:
-        for layer, product in zip(layers, before, strict=True):
-            layer.product = product
-
-
 def integer_product(
     layer: QuantizedLayer, values: Tensor, weight: Tensor, exponent: Tensor, bias: Tensor | None
 ) -> Tensor | None:
@@ -81,9 +67,68 @@ def integer_product(
     if not _is_worth_it(layer, values.numel(), weight.numel() // values.shape[1 if convolves else -1]):
         return None
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else values.dtype
-    geometry = (layer.stride, layer.padding, layer.dilation) if isinstance(layer, QuantizedConv2d) else None
-    result: Tensor = _IntegerProduct.apply(values, weight, bias, source, exponent, geometry, dtype)
+    result: Tensor = _IntegerProduct.apply(values, weight, bias, source, exponent, _geometry(layer), dtype)
     return result
+
+
+class PackedProduct:
+    """x ∗ w + b, a dense convolution or a matrix product, from bytes: weights are packed once for inputs of one shape.
+
+    Arguments as of :class:`_IntegerProduct`. integers: c, int8.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        source: ActivationQuantizer,
+        exponent: Tensor,
+        geometry: Sequence[Sequence[int]] | None,
+    ) -> None:
+        self.scale = power_of_two(exponent)
+        self.integers = scale_by_power_of_two(weight, -exponent.view(-1, *[1] * (weight.dim() - 1))).to(torch.int8)
+        self.bias = bias
+        self.input = (float(power_of_two(source.exponent)), 128 - source.int8_offset)
+        self.where = None if geometry is None else (*map(list, geometry), 1)
+        self._packed: tuple[torch.Size, Tensor] | None = None
+
+    @classmethod
+    def of(cls, layer: QuantizedLayer, weight: Tensor, exponent: Tensor, bias: Tensor | None) -> PackedProduct:
+        """``layer.operate`` with that weight and bias."""
+        return cls(weight, bias, layer.source, exponent, _geometry(layer))
+
+    @staticmethod
+    def takes(layer: QuantizedLayer, codes: Tensor) -> bool:
+        """Whether it computes what ``layer.operate`` does from these bytes, exactly."""
+        return isinstance(layer, QuantizedConv2d | QuantizedLinear) and codes.device.type == "cpu" and _is_exact(layer)
+
+    def __call__(self, codes: Tensor) -> Tensor:
+        """codes: [B, I, H, W] channels_last or [..., I], codes of x raised by 128 where they are signed. Gives float32."""
+        zeros = torch.zeros(len(self.scale), dtype=torch.int32)
+        tail: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
+        if self.where is None:
+            rows = codes.reshape(-1, codes.shape[-1])
+            packed = self._pack(rows.shape)
+            result = torch.ops.onednn.qlinear_pointwise.default(
+                rows, *self.input, packed, self.scale, zeros, self.bias, *tail
+            )
+            return torch.ops.aten._unsafe_view(result, [*codes.shape[:-1], len(self.scale)])
+        packed = self._pack(codes.shape)
+        return torch.ops.onednn.qconv2d_pointwise.default(
+            codes, *self.input, packed, self.scale, zeros, self.bias, *self.where, *tail
+        )
+
+    def _pack(self, shape: torch.Size) -> Tensor:
+        if self._packed is None or self._packed[0] != shape:
+            packed = (
+                torch.ops.onednn.qlinear_prepack.default(self.integers, None)
+                if self.where is None
+                else torch.ops.onednn.qconv_prepack.default(
+                    self.integers, self.scale, *self.input, *self.where, list(shape)
+                )
+            )
+            self._packed = shape, packed
+        return self._packed[1]
 
 
 class _IntegerProduct(torch.autograd.Function):
@@ -109,27 +154,14 @@ class _IntegerProduct(torch.autograd.Function):
         ctx.dtypes = values.dtype, weight.dtype
         ctx.biases = None if bias is None else len(bias)
         bias = None if bias is None else bias.to(dtype).float()  # as autocast would have it
-        input_scale, scale = power_of_two(source.exponent), power_of_two(exponent)
         # Turning the first bit of an int8 number gives the byte that is 128 more.
         codes = codes_of_multiples(values, source.exponent, source.int8_offset).view(torch.uint8).bitwise_xor_(128)
-        exponent = exponent.view(-1, *[1] * (weight.dim() - 1))
-        integers = scale_by_power_of_two(weight, -exponent).to(torch.int8)
-        ctx.save_for_backward(codes, source.exponent.clone(), integers, exponent)
-        ctx.offset = source.int8_offset - 128
-        arguments = (float(input_scale), 128 - source.int8_offset)
-        zeros = torch.zeros(len(scale), dtype=torch.int32)
-        tail: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
-        if geometry is None:
-            rows = codes.reshape(-1, codes.shape[-1])
-            packed = torch.ops.onednn.qlinear_prepack.default(integers, None)
-            result = torch.ops.onednn.qlinear_pointwise.default(rows, *arguments, packed, scale, zeros, bias, *tail)
-            return result.view(*values.shape[:-1], -1).to(dtype)
-        where = (*map(list, geometry), 1)
-        packed = torch.ops.onednn.qconv_prepack.default(integers, scale, *arguments, *where, list(values.shape))
-        result = torch.ops.onednn.qconv2d_pointwise.default(
-            codes, *arguments, packed, scale, zeros, bias, *where, *tail
+        product = PackedProduct(weight, bias, source, exponent, geometry)
+        ctx.save_for_backward(
+            codes, source.exponent.clone(), product.integers, exponent.view(-1, *[1] * (weight.dim() - 1))
         )
-        return result.to(dtype)
+        ctx.offset = source.int8_offset - 128
+        return product(codes).to(dtype)
 
     @staticmethod
     @once_differentiable
@@ -171,6 +203,13 @@ def product_gradients(ctx: Any, gradient: Tensor, values: Tensor, weight: Tensor
     of_weight = None if of_weight is None else of_weight.to(ctx.dtypes[1])
     of_bias = None if of_bias is None else of_bias.float()
     return of_input, of_weight, of_bias, None, None, None, None
+
+
+def _geometry(layer: QuantizedLayer) -> Sequence[Sequence[int]] | None:
+    """Stride, padding and dilation of a convolution; None for a matrix product."""
+    if not isinstance(layer, QuantizedConv2d):
+        return None
+    return layer.stride, layer.padding, layer.dilation  # type: ignore[return-value]
 
 
 def _is_worth_it(layer: QuantizedLayer, elements: int, weights: int) -> bool:

@@ -193,15 +193,19 @@ class QuantizedLayer(nn.Module, ABC):
         self._kept = None  # what is trained is folded anew
         return super().train(mode)
 
-    def _evaluate(self, values: Tensor) -> Tensor:
+    def folded_values(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What evaluation multiplies with and adds: weight, float32 integers times 2^exponent, exponent [O] and bias [O]."""
         if self._kept is not None:
-            weight, exponent, bias = self._kept
-        else:
-            folded = self.fold()
-            exponent, bias = folded.weights.exponent, folded.bias
-            weight = dequantize(folded.weights.effective.float(), exponent.view(-1, *[1] * (self.weight.dim() - 1)))
-            if self._keeping and not torch.compiler.is_compiling():
-                self._kept = weight, exponent, bias
+            return self._kept
+        folded = self.fold()
+        exponent = folded.weights.exponent
+        weight = dequantize(folded.weights.effective.float(), exponent.view(-1, *[1] * (self.weight.dim() - 1)))
+        if self._keeping and not torch.compiler.is_compiling():
+            self._kept = weight, exponent, folded.bias
+        return weight, exponent, folded.bias
+
+    def _evaluate(self, values: Tensor) -> Tensor:
+        weight, exponent, bias = self.folded_values()
         return self._multiplied(values, weight.to(values.dtype), exponent, bias.to(values.dtype))
 
     def _multiplied(self, values: Tensor, weight: Tensor, exponent: Tensor, bias: Tensor | None) -> Tensor:

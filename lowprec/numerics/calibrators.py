@@ -7,8 +7,9 @@ from math import ceil, inf
 import torch
 from torch import Tensor
 
-from lowprec.numerics.fixed_point import CodeRange, exponent_for, power_of_two, quantize
+from lowprec.numerics.fixed_point import CodeRange, exponent_for
 from lowprec.numerics.memory import in_memory_order, is_channels_last
+from lowprec.numerics.straight_through import straight_through_activation
 
 # Exponents below the one that just fits are tried down to this many (2^6: an outlier 64 times the bulk).
 CANDIDATES = 7
@@ -58,9 +59,8 @@ def choose_exponent(tensors: list[Tensor], codes: CodeRange, calibrator: str, pe
 
 
 def _squared_error(values: Tensor, exponent: Tensor, codes: CodeRange) -> float:
-    scale = power_of_two(exponent)
     errors = [
-        quantize(block, exponent, codes).mul_(scale).sub_(block).square_().sum(dtype=torch.float64)
+        straight_through_activation(block, exponent, codes).sub_(block).square_().sum(dtype=torch.float64)
         for block in values.split(BLOCK)
     ]
     return float(torch.stack(errors).sum())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, fx, nn
 
 import lowprec
 from lowprec.layers import QuantizedLayer, quantized_layers
-from lowprec.layers.integer_product import integer_product, on_integers, use_integer_kernels
+from lowprec.layers.integer_product import PackedProduct, integer_product, use_integer_kernels
 from lowprec.models.cifar_mobilenet import CifarMobileNetV2
 from lowprec.models.cifar_resnet import CifarResNet
 from lowprec.numerics import kernels
@@ -188,27 +187,27 @@ def test_evaluation_is_equal_and_ends_as_it_began(name: str, recipe: str) -> Non
     batch = BATCH.contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         expected = qmodel(batch)
-        with on_integers(qmodel):
-            assert any(layer.product for _, layer in quantized_layers(qmodel))
-            found = qmodel(batch)
+        assert use_integer_kernels(qmodel) > 0
+        found = qmodel(batch)
     assert torch.equal(found, expected)
+    assert use_integer_kernels(qmodel, enabled=False) == 0
     assert not any(layer.product for _, layer in quantized_layers(qmodel))
 
 
 def test_calibration_on_integers_chooses_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     assert BATCH.is_contiguous()  # as data loaders give them; the kernels take channels_last ones
-    taken = []
+    shapes = []
+    multiply = PackedProduct.__call__
 
-    def watched(*arguments: Any) -> Tensor | None:
-        result = integer_product(*arguments)
-        taken.append(result is not None)
-        return result
+    def watched(product: PackedProduct, codes: Tensor) -> Tensor:
+        shapes.append(codes.shape)
+        return multiply(product, codes)
 
-    monkeypatch.setattr("lowprec.layers.integer_product.integer_product", watched)
+    monkeypatch.setattr(PackedProduct, "__call__", watched)
     by_integers = prepared(NETWORKS["resnet"](), "w2a8_n4").state_dict()
     # Each layer twice, the first convolution, which is 8-bit, with VNNI alone.
-    assert sum(taken) >= 2 * 8
-    monkeypatch.setattr("lowprec.layers.integer_product.integer_product", lambda *arguments: None)
+    assert len(shapes) >= 2 * 8
+    monkeypatch.setattr(PackedProduct, "takes", lambda layer, codes: False)
     by_floats = prepared(NETWORKS["resnet"](), "w2a8_n4").state_dict()
     assert all(torch.equal(by_integers[name], tensor) for name, tensor in by_floats.items())
 
