@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
-from lowprec.layers import tensor_core_product, weights
+from lowprec.layers import lookup, tensor_core_product, weights
 from lowprec.numerics import straight_through, triton_activations, triton_arithmetic, triton_products, triton_weights
 
 # In the order in which they use each other.
@@ -85,5 +85,6 @@ def operators_only() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for user in USERS:
             patch.setattr(user, "runs_triton", nowhere)
-        patch.setattr(straight_through, "runs_native", nowhere)
+        for user in (straight_through, weights, lookup):
+            patch.setattr(user, "runs_native", nowhere)
         yield

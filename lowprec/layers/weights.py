@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lowprec.numerics import native_weights
 from lowprec.numerics.clusters import ClusterLayout
 from lowprec.numerics.effective_codes import channel_exponents, effective_codes, mantissas
 from lowprec.numerics.fixed_point import dequantize, exponent_for
+from lowprec.numerics.native_activations import runs_native
 from lowprec.numerics.residual_planes import PlaneScales, descend_two_planes, ordered, solve_two_planes, two_plane_codes
 from lowprec.numerics.solvers import (
     ClusterScales,
@@ -88,10 +91,9 @@ class WeightQuantizer(nn.Module):
         """Follows ``weight``, which moved a little: one descent step on the squared error."""
         if self.scheme.bits == 8:
             return
-        if self._fused(weight):
-            from lowprec.numerics.triton_weights import descend
-
-            descend(weight, self.scale, self._threshold, self.layout)
+        kernels = self._kernels(weight)
+        if kernels is not None:
+            kernels.descend(weight, self.scale, self._threshold, self.layout)
         else:
             for rows in self._blocks(weight):
                 self._descend(self.layout.split_for_arithmetic(weight.detach()[rows].float()), rows)
@@ -130,13 +132,11 @@ class WeightQuantizer(nn.Module):
         """What :meth:`forward` gives, and its exponents e [O], int32: c are integers of -128 … 127."""
         dtype = _dtype_of_products(weight)
         with torch.no_grad():
-            if self._fused(weight):
-                from lowprec.numerics.triton_weights import quantize_eight_bit, quantize_weight
-
-                if self.scheme.bits == 8:
-                    quantized, exponent = quantize_eight_bit(weight, dtype)
-                else:
-                    quantized, exponent = quantize_weight(weight, self.scale, self._threshold, self.layout, dtype)
+            kernels = self._kernels(weight)
+            if kernels is not None and self.scheme.bits == 8:
+                quantized, exponent = kernels.quantize_eight_bit(weight, dtype)
+            elif kernels is not None:
+                quantized, exponent = kernels.quantize_weight(weight, self.scale, self._threshold, self.layout, dtype)
             else:
                 quantized = torch.empty_like(weight, dtype=dtype)
                 blocks = self._blocks(weight)
@@ -166,13 +166,15 @@ class WeightQuantizer(nn.Module):
         effective = self.layout.merge(effective_codes(codes, mantissa, self.scheme.bits))
         return FoldedWeights(self.layout.merge(codes), mantissa, exponent, effective)
 
-    def _fused(self, weight: Tensor) -> bool:
-        """Whether a kernel of Triton's does it all."""
-        if self.scheme.planes == 2 or weight.dtype == torch.float64 or not runs_triton(weight):
-            return False
-        from lowprec.numerics.triton_weights import fits
+    def _kernels(self, weight: Tensor) -> ModuleType | None:
+        """The module of kernels that do it in one pass or two, or None where PyTorch's operators do."""
+        if self.scheme.planes == 2:
+            return None
+        if weight.dtype != torch.float64 and runs_triton(weight):
+            from lowprec.numerics import triton_weights
 
-        return self.scheme.bits == 8 or fits(self.layout)
+            return triton_weights if self.scheme.bits == 8 or triton_weights.fits(self.layout) else None
+        return native_weights if weight.dtype == torch.float32 and runs_native(weight) else None
 
     @property
     def _threshold(self) -> Tensor | None:

@@ -118,3 +118,8 @@ class ClusterLayout:
         output_channels, groups, _, positions = self.scale_shape
         counts = self.members_of_clusters(device).view(1, groups, 1).expand(output_channels, groups, positions)
         return counts.reshape(-1)
+
+
+def with_positions(weight: Tensor) -> Tensor:
+    """[O, I, *kernel] -> [O, I, P], without a gradient; a view where the kernel's axes lie one behind the other."""
+    return weight.detach().flatten(2) if weight.dim() > 2 else weight.detach().unsqueeze(2)

@@ -69,3 +69,24 @@ def write_values(codes: Tensor, exponent: Tensor, offset: int, out: Tensor) -> N
     # An unsigned byte is the signed one with the first bit turned, and 128 more.
     flip, more = (-128, 128) if codes.dtype == torch.uint8 else (0, 0)
     function(codes.data_ptr(), out.data_ptr(), codes.numel(), float(power_of_two(exponent)), offset + more, flip)
+
+
+def look_up(values: Tensor, exponent: Tensor, low: int, table: Tensor, out: Tensor) -> Tensor | None:
+    """Writes the entries of ``table`` for values on the grid of 2^exponent; returns their places in it, uint8.
+
+    None where a value is not on the grid, or its code not one of low … low + 255; ``out`` is of no use then. values: dense;
+    out: of their dtype and strides. table: [256], float32, what ``out`` holds exactly.
+    """
+    places = torch.empty_like(values, dtype=torch.uint8)
+    function = getattr(library(), f"look_up_{NAMES[values.dtype]}")
+    inverse = float(power_of_two(-exponent))
+    lost = function(
+        values.data_ptr(), places.data_ptr(), out.data_ptr(), values.numel(), inverse, low, table.data_ptr()
+    )
+    return None if lost else places
+
+
+def times_slopes(gradient: Tensor, places: Tensor, slopes: Tensor, out: Tensor) -> None:
+    """gradient · slopes[places]; dense, in one order; ``out`` may be ``gradient``. slopes: [256], float32."""
+    function = getattr(library(), f"times_slopes_{NAMES[gradient.dtype]}")
+    function(gradient.data_ptr(), places.data_ptr(), out.data_ptr(), gradient.numel(), slopes.data_ptr())

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowprec.numerics.clusters import ClusterLayout
+from lowprec.numerics.clusters import ClusterLayout, with_positions
 from lowprec.numerics.effective_codes import CODE_SHIFT, MANTISSA_LIMIT
 from lowprec.numerics.fixed_point import MAXIMUM_EXPONENT, MINIMUM_EXPONENT
 from lowprec.numerics.fixed_point import SIGNED_8_BIT as EIGHT_BIT_CODES
@@ -42,7 +42,7 @@ def descend(weight: Tensor, scale: Tensor, threshold: Tensor | None, layout: Clu
     Both are of ``layout.scale_shape``, with equal strides. The step is that of
     :func:`lowprec.numerics.solvers.descend_ternary`, or without a threshold ``descend_four_bit``.
     """
-    w_OIP = _with_positions(weight)
+    w_OIP = with_positions(weight)
     with torch.cuda.device_of(weight):
         descend_kernel[_grid(layout)](
             *(w_OIP, scale, scale if threshold is None else threshold),
@@ -59,7 +59,7 @@ def quantize_weight(
 
     scale, and of ternary weights threshold: of ``layout.scale_shape``, with equal strides.
     """
-    w_OIP = _with_positions(weight)
+    w_OIP = with_positions(weight)
     quantized = torch.empty_like(w_OIP, dtype=dtype)
     exponent = torch.empty(len(weight), dtype=torch.int32, device=weight.device)
     with torch.cuda.device_of(weight):
@@ -98,11 +98,6 @@ def constants_of_eight_bits(weight: Tensor) -> dict[str, int]:
         "HIGHEST": MAXIMUM_EXPONENT,
         "BLOCK": min(ROW_BLOCK, triton.next_power_of_2(weight[0].numel())),
     }
-
-
-def _with_positions(weight: Tensor) -> Tensor:
-    """[O, I, *kernel] -> [O, I, P]."""
-    return weight.detach().flatten(2) if weight.dim() > 2 else weight.detach().unsqueeze(2)
 
 
 def _strides(scale: Tensor) -> tuple[int, int, int]:

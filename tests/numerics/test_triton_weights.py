@@ -1,4 +1,4 @@
-"""The Triton kernels of clustered weights give what PyTorch's operators give: scales, exponents and values, ``==``."""
+"""Kernels of weights, Triton's and those in C, give what PyTorch's operators give: scales, exponents and values, ``==``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from native_kernels import NATIVE
 from torch import Tensor
 from triton_interpreter import PLACES, operators_only, running
 
@@ -20,7 +21,7 @@ SHAPES = [(6, 16, 3, 3), (5, 7, 3, 3), (4, 64, 1, 1), (8, 130), (12, 1, 5, 5), (
 WEIGHTS = [(shape, layout) for shape in SHAPES for layout in FORMATS[: 2 if len(shape) == 4 else 1]]
 
 
-@pytest.fixture(params=PLACES, scope="module")
+@pytest.fixture(params=[*PLACES, NATIVE], scope="module")
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """Where the kernels run."""
     with running(request.param) as device:

@@ -140,3 +140,69 @@ void gradient_bfloat16(const bfloat16 *gradient, const uint8_t *mask, bfloat16 *
         for (; i < last; i++) out[i] = mask[i / 8] >> (i % 8) & 1 ? gradient[i] : 0;
     }
 }
+
+/* Entries of a table of 256, one for each code: for values on the grid of 2^e, inverse is 2^-e and low the first entry's code.
+   Writes the places in the table, and returns whether a value is not on the grid, or beyond its ends. */
+#define LOOKUPS(TYPE, NAME)                                                                                             \
+    static inline __m256i look_up_eight_##NAME(const TYPE *values, uint8_t *places, TYPE *out, float inverse,           \
+                                               float low, const float *table) {                                         \
+        __m256 scaled = _mm256_mul_ps(load_##NAME(values), _mm256_set1_ps(inverse));                                    \
+        scaled = _mm256_sub_ps(scaled, _mm256_set1_ps(low));                                                            \
+        __m256i place = _mm256_cvtps_epi32(scaled), last = _mm256_set1_epi32(255);                                      \
+        __m256 differs = _mm256_cmp_ps(_mm256_cvtepi32_ps(place), scaled, _CMP_NEQ_UQ);                                 \
+        __m256i beyond = _mm256_andnot_si256(last, place);                                                              \
+        place = _mm256_and_si256(place, last);                                                                          \
+        store_##NAME(out, _mm256_i32gather_ps(table, place, 4));                                                        \
+        __m128i narrow = _mm_packus_epi32(_mm256_castsi256_si128(place), _mm256_extracti128_si256(place, 1));           \
+        _mm_storel_epi64((__m128i *)places, _mm_packus_epi16(narrow, narrow));                                          \
+        return _mm256_or_si256(beyond, _mm256_castps_si256(differs));                                                   \
+    }                                                                                                                   \
+                                                                                                                        \
+    int look_up_##NAME(const TYPE *values, uint8_t *places, TYPE *out, ptrdiff_t size, float inverse, float low,        \
+                       const float *table) {                                                                            \
+        int lost = 0;                                                                                                   \
+        _Pragma("omp parallel for schedule(static) reduction(|: lost) if (size > PART)")                                \
+        for (ptrdiff_t first = 0; first < size; first += PART) {                                                        \
+            ptrdiff_t last = first + PART < size ? first + PART : size, i = first;                                      \
+            __m256i off = _mm256_setzero_si256();                                                                       \
+            for (; i + 8 <= last; i += 8)                                                                               \
+                off = _mm256_or_si256(off, look_up_eight_##NAME(values + i, places + i, out + i, inverse, low, table)); \
+            if (i < last) {                                                                                             \
+                /* Filled up with a value of this tensor. */                                                            \
+                TYPE some[8], results[8];                                                                               \
+                uint8_t found[8];                                                                                       \
+                for (int j = 0; j < 8; j++) some[j] = values[i + j < last ? i + j : i];                                 \
+                off = _mm256_or_si256(off, look_up_eight_##NAME(some, found, results, inverse, low, table));            \
+                memcpy(out + i, results, (size_t)(last - i) * sizeof(TYPE));                                            \
+                memcpy(places + i, found, (size_t)(last - i));                                                          \
+            }                                                                                                           \
+            lost |= !_mm256_testz_si256(off, off);                                                                      \
+        }                                                                                                               \
+        return lost;                                                                                                    \
+    }                                                                                                                   \
+                                                                                                                        \
+    static inline void times_eight_##NAME(const TYPE *gradient, const uint8_t *places, TYPE *out, const float *slopes) {\
+        __m256i place = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)places));                                 \
+        __m256 slope = _mm256_i32gather_ps(slopes, place, 4);                                                           \
+        store_##NAME(out, round_##NAME(_mm256_mul_ps(load_##NAME(gradient), slope)));                                   \
+    }                                                                                                                   \
+                                                                                                                        \
+    void times_slopes_##NAME(const TYPE *gradient, const uint8_t *places, TYPE *out, ptrdiff_t size,                    \
+                             const float *slopes) {                                                                     \
+        _Pragma("omp parallel for schedule(static) if (size > PART)")                                                   \
+        for (ptrdiff_t first = 0; first < size; first += PART) {                                                        \
+            ptrdiff_t last = first + PART < size ? first + PART : size, i = first;                                      \
+            for (; i + 8 <= last; i += 8) times_eight_##NAME(gradient + i, places + i, out + i, slopes);                \
+            if (i < last) {                                                                                             \
+                TYPE some[8] = {0}, results[8];                                                                         \
+                uint8_t there[8] = {0};                                                                                 \
+                memcpy(some, gradient + i, (size_t)(last - i) * sizeof(TYPE));                                          \
+                memcpy(there, places + i, (size_t)(last - i));                                                          \
+                times_eight_##NAME(some, there, results, slopes);                                                       \
+                memcpy(out + i, results, (size_t)(last - i) * sizeof(TYPE));                                            \
+            }                                                                                                           \
+        }                                                                                                               \
+    }
+
+LOOKUPS(float, float)
+LOOKUPS(bfloat16, bfloat16)

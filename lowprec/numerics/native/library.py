@@ -18,18 +18,42 @@ import torch
 
 log = logging.getLogger("lowprec.kernels")
 
-SOURCE = Path(__file__).with_name("activations.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("activations.c", "weights.c"))
 # No fused multiply-adds: they round once where PyTorch's operators round twice.
 FLAGS = ("-O3", "-mavx2", "-ffp-contract=off", "-fPIC", "-fopenmp")
 SECONDS = 120
 
-_P, _N, _F = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_float
-ARGUMENTS = {
+_P, _N, _F, _I = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_float, ctypes.c_int
+# One for float32, one for bfloat16.
+OF_ACTIVATIONS = {
     "quantize": (_P, _P, _P, _P, _N, _F, _F, _F, _F, _F),
     "gradient": (_P, _P, _P, _N),
     "codes": (_P, _P, _N, _F, _F),
     "values": (_P, _P, _N, _F, _F, ctypes.c_int8),
+    "look_up": (_P, _P, _P, _N, _F, _F, _P),
+    "times_slopes": (_P, _P, _P, _N, _P),
 }
+
+
+class Sizes(ctypes.Structure):
+    """Of a weight [O, I, P] and its clusters."""
+
+    _fields_ = tuple((name, _N) for name in ("outputs", "channels", "positions", "members", "shared"))
+
+
+class Strides(ctypes.Structure):
+    """Of a tensor [O, I, P] or [O, G, P], in elements."""
+
+    _fields_ = tuple((name, _N) for name in ("output", "channel", "position"))
+
+
+ARGUMENTS = {
+    **{f"{kind}_{dtype}": of for kind, of in OF_ACTIVATIONS.items() for dtype in ("float", "bfloat16")},
+    "descend": (_P, _P, _P, Sizes, Strides, Strides),
+    "quantize_clusters": (_P, _P, _P, _P, _P, Sizes, Strides, Strides, Strides, _I, _I, _I),
+    "quantize_eight_bit": (_P, _P, _P, _N, _N, _I),
+}
+RETURNING = ("look_up_float", "look_up_bfloat16")
 
 
 class BuildError(RuntimeError):
@@ -42,7 +66,7 @@ def is_built() -> bool:
     try:
         library()
     except (BuildError, OSError) as error:
-        log.info("activations are quantized by PyTorch's operators, several times slower: %s", error)
+        log.info("weights and activations are quantized by PyTorch's operators, several times slower: %s", error)
         return False
     return True
 
@@ -63,26 +87,26 @@ def library() -> ctypes.CDLL:
     if not compiler[0]:
         raise BuildError("there is no C compiler (Debian: gcc, libc6-dev)")
     openmp = _openmp()
-    content = "\n".join([SOURCE.read_text(), *compiler, *FLAGS, openmp])
-    file = _cache() / f"activations-{hashlib.sha256(content.encode()).hexdigest()[:16]}.so"
+    content = "\n".join([*(source.read_text() for source in SOURCES), *compiler, *FLAGS, openmp])
+    file = _cache() / f"kernels-{hashlib.sha256(content.encode()).hexdigest()[:16]}.so"
     if not file.exists():
         _build(compiler, openmp, file)
     loaded = ctypes.CDLL(str(file))
-    for kind, arguments in ARGUMENTS.items():
-        for dtype in ("float", "bfloat16"):
-            function = getattr(loaded, f"{kind}_{dtype}")
-            function.argtypes, function.restype = arguments, None
+    for name, arguments in ARGUMENTS.items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = arguments, _I if name in RETURNING else None
     return loaded
 
 
 def _build(compiler: list[str], openmp: str, file: Path) -> None:
     """Writes the library under a temporary name, then renames it: several processes may build it at a time."""
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        compiled, linked = Path(folder, "activations.o"), Path(folder, "activations.so")
+        compiled = [str(Path(folder, source.stem + ".o")) for source in SOURCES]
+        linked = Path(folder, "kernels.so")
         # Linked with PyTorch's own OpenMP, whose threads are used.
         for command in (
-            [*compiler, *FLAGS, "-c", str(SOURCE), "-o", str(compiled)],
-            [*compiler, "-shared", str(compiled), openmp, "-o", str(linked)],
+            *([*compiler, *FLAGS, "-c", str(source), "-o", to] for source, to in zip(SOURCES, compiled, strict=True)),
+            [*compiler, "-shared", *compiled, openmp, "-o", str(linked)],
         ):
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
