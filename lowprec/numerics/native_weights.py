@@ -1,8 +1,7 @@
 """Kernels of weights for CPUs, in C: a descent step of the scales of clusters, and quantized values, one pass or two each.
 
-PyTorch's operators take dozens of passes. The functions are those of :mod:`lowprec.numerics.triton_weights`, and as there, codes,
-mantissas and exponents are what operators give for the same scales, bit by bit; sums over a cluster are of float64, and so may
-differ from theirs in the last places. Built as :mod:`lowprec.numerics.native_activations` is.
+PyTorch's operators take dozens of passes. The functions are those of :mod:`lowprec.numerics.triton_weights`, and so are results:
+what operators give. Built as :mod:`lowprec.numerics.native_activations` is.
 """
 
 from __future__ import annotations

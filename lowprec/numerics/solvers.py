@@ -89,10 +89,10 @@ def descend_ternary(w_OGNP: Tensor, scales: ClusterScales, layout: ClusterLayout
     magnitude = w_OGNP.detach().abs()
     counts = layout.members_of_clusters(w_OGNP.device).view(1, -1, 1, 1)
     counts = counts * (layout.positions if layout.shares_positions else 1)
-    mean = magnitude.sum(layout.shared_axes, keepdim=True) / counts
+    mean = _sum(magnitude, layout) / counts
     support = magnitude.clone().ge_(torch.where(scales.scale > 0, scales.scale, mean) / 2)
     size = support.sum(layout.shared_axes, keepdim=True)
-    support_mean = support.mul_(magnitude).sum(layout.shared_axes, keepdim=True) / size.clamp(min=1)
+    support_mean = _sum(support.mul_(magnitude), layout) / size.clamp(min=1)
     scale = torch.where(size > 0, support_mean, mean).to(torch.float32)
     threshold = torch.where(scale > 0, scale / 2, torch.inf)
     return ClusterScales(scale, threshold)
@@ -121,7 +121,7 @@ def descend_four_bit(w_OGNP: Tensor, scale: Tensor, layout: ClusterLayout) -> Te
     """One descent step of :func:`solve_four_bit`; a cluster whose codes are all zero restarts at max |w| / 7."""
     weights = w_OGNP.detach()
     codes = four_bit_codes(weights, scale)
-    explained = (weights * codes).sum(layout.shared_axes, keepdim=True)
+    explained = _sum(weights * codes, layout)
     power = codes.square_().sum(layout.shared_axes, keepdim=True)
     fitted = explained / power.clamp(min=1)
     restart = weights.abs().amax(layout.shared_axes, keepdim=True) / FOUR_BIT_LIMIT
@@ -141,12 +141,20 @@ def solve_eight_bit(weight: Tensor) -> Tensor:
 def _eight_bit_error(rows: Tensor, exponent: Tensor) -> Tensor:
     codes = round_half_even_(scale_by_power_of_two(rows, -exponent))
     codes.clamp_(EIGHT_BIT_CODES.low, EIGHT_BIT_CODES.high)
-    return codes.mul_(power_of_two(exponent, codes.dtype)).sub_(rows).square_().sum(1)
+    return codes.mul_(power_of_two(exponent, codes.dtype)).sub_(rows).square_().sum(1, dtype=torch.float64)
 
 
 def eight_bit_codes(weight: Tensor, exponent: Tensor) -> Tensor:
     """-128 ... 127 of each weight [O, ...] at the exponents [O] of its output channels, as floating-point integers."""
     return quantize(weight, exponent.view(-1, *[1] * (weight.dim() - 1)), EIGHT_BIT_CODES)
+
+
+def _sum(values: Tensor, layout: ClusterLayout) -> Tensor:
+    """Over clusters, rounded once: in float64 the sum of float32 weights is exact but for freaks, in whatever order it is taken.
+
+    So all devices and kernels come to the same scales.
+    """
+    return values.sum(layout.shared_axes, keepdim=True, dtype=torch.float64).to(values.dtype)
 
 
 def _to_scale_shape(rows: Tensor, layout: ClusterLayout) -> Tensor:

@@ -1,8 +1,7 @@
 """Triton kernels of weights: a descent step of the scales of ternary and 4-bit clusters, and quantized values, 8-bit ones too.
 
-One launch each for a layer, where PyTorch's operators take dozens. Codes, mantissas and exponents are what these give for the
-same scales, bit by bit; a scale that is a mean over a cluster, and the errors of which an 8-bit exponent is the least, are summed
-in another order, as on every device.
+One launch each for a layer, where PyTorch's operators take dozens. Scales, codes, mantissas
+and exponents are what these give, bit by bit: sums over a cluster are of float64, rounded once, in whatever order.
 """
 
 from __future__ import annotations
@@ -193,6 +192,12 @@ def _four_bit_codes(w: tl.tensor, scale: tl.tensor, CODE_LIMIT: tl.constexpr) ->
 
 
 @triton.jit
+def _sum(values: tl.tensor) -> tl.tensor:
+    """Over clusters [C, M], in float64, rounded once: the same in whatever order."""
+    return tl.sum(values.to(tl.float64), axis=1).to(tl.float32)
+
+
+@triton.jit
 def descend_kernel(
     weight: tl.tensor,
     scale: tl.tensor,
@@ -225,18 +230,18 @@ def descend_kernel(
     old = tl.load(scale + place, mask=cluster < clusters, other=0.0)
     if TERNARY:
         count = tl.maximum(tl.sum(exists.to(tl.float32), axis=1), 1.0)
-        mean = tl.div_rn(tl.sum(magnitude, axis=1), count)
+        mean = tl.div_rn(_sum(magnitude), count)
         half = tl.where(old > 0, old, mean) * 0.5
         support = ((magnitude >= half[:, None]) & exists).to(tl.float32)
         size = tl.sum(support, axis=1)
-        of_support = tl.div_rn(tl.sum(support * magnitude, axis=1), tl.maximum(size, 1.0))
+        of_support = tl.div_rn(_sum(support * magnitude), tl.maximum(size, 1.0))
         found = tl.where(size > 0, of_support, mean)
         reach = tl.where(found > 0, found * 0.5, float("inf"))
         tl.store(threshold + place, reach, mask=cluster < clusters)
     else:
         codes = _four_bit_codes(w, old[:, None], CODE_LIMIT)
         power = tl.sum(codes * codes, axis=1)
-        fitted = tl.div_rn(tl.sum(w * codes, axis=1), tl.maximum(power, 1.0))
+        fitted = tl.div_rn(_sum(w * codes), tl.maximum(power, 1.0))
         largest = tl.max(magnitude, axis=1)
         found = tl.where(power > 0, fitted, tl.div_rn(largest, largest * 0 + CODE_LIMIT))
     tl.store(scale + place, found, mask=cluster < clusters)
@@ -336,9 +341,9 @@ def eight_bit_kernel(
         w = tl.load(weight + row + place, mask=place < size, other=0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.abs(w))
     fitting = _exponent_for(tl.max(largest, axis=0), HIGHEST_CODE, LOWEST, HIGHEST)
-    first = tl.zeros((BLOCK,), tl.float32)
-    second = tl.zeros((BLOCK,), tl.float32)
-    third = tl.zeros((BLOCK,), tl.float32)
+    first = tl.zeros((BLOCK,), tl.float64)
+    second = tl.zeros((BLOCK,), tl.float64)
+    third = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, size, BLOCK):
         place = start + tl.arange(0, BLOCK)
         w = tl.load(weight + row + place, mask=place < size, other=0.0).to(tl.float32)
@@ -369,4 +374,4 @@ def _squared_error(
     w: tl.tensor, exponent: tl.tensor, LOWEST_CODE: tl.constexpr, HIGHEST_CODE: tl.constexpr
 ) -> tl.tensor:
     error = _eight_bits(w, exponent, LOWEST_CODE, HIGHEST_CODE) - w
-    return error * error
+    return (error * error).to(tl.float64)

@@ -111,18 +111,16 @@ def test_8_bit_weights_that_are_not_dense(device: str) -> None:
     assert torch.equal(found_exponents.cpu(), exponents)
 
 
+@pytest.mark.parametrize("cluster_size", [4, 64])
 @pytest.mark.parametrize("bits", [2, 4])
-def test_gaussian_weights_differ_in_no_more_than_the_last_place_of_a_mean(bits: int, device: str) -> None:
+def test_sums_of_any_weights_are_the_same_in_whatever_order(bits: int, cluster_size: int, device: str) -> None:
     weight = torch.randn(16, 64, 3, 3, generator=torch.Generator().manual_seed(0))
-    scheme = WeightScheme(bits=bits, cluster_size=64)
+    scheme = WeightScheme(bits=bits, cluster_size=cluster_size)
     reference, values, exponents = moved_by_operators(WeightQuantizer(tuple(weight.shape), scheme), weight, weight)
     quantizer = WeightQuantizer(tuple(weight.shape), scheme)
     quantizer.solve(weight, "layer")
     quantizer.to(device).descend(weight.to(device))
-    # 576 weights are added up: a relative error of 576 roundings at the very most.
-    torch.testing.assert_close(quantizer.scale.cpu(), reference.scale, rtol=576 * 2.0**-24, atol=0)
-    # The values themselves, of equal scales, are equal.
-    quantizer.load_state_dict(reference.state_dict())
+    assert torch.equal(quantizer.scale.cpu(), reference.scale)
     found, found_exponents = quantizer.with_exponents(weight.to(device))
     assert torch.equal(found.cpu(), values)
     assert torch.equal(found_exponents.cpu(), exponents)
