@@ -14,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from lowprec.layers.activations import ActivationQuantizer
 from lowprec.layers.attention import QuantizedFloatOperator
 from lowprec.layers.elementwise import QuantizedReLU
+from lowprec.layers.lookup import QuantizedLookup
 from lowprec.numerics.fixed_point import EXACT_DTYPES
 from lowprec.numerics.straight_through import codes_of_multiples, multiples_of_codes
 
@@ -78,7 +79,7 @@ def saved_as_codes(model: nn.Module, enabled: bool = True) -> Iterator[None]:
     grids: dict[StorageWeakRef, _Grid] = {}
 
     def note(module: nn.Module, arguments: Any, values: Tensor) -> None:
-        quantizer = module.source if isinstance(module, QuantizedReLU) else module
+        quantizer = module.source if isinstance(module, QuantizedReLU) else getattr(module, "quantizer", module)
         if isinstance(quantizer, ActivationQuantizer) and quantizer.quantizing and values.dtype in EXACT_DTYPES:
             # The weak reference keeps the storage's identity from being given to another one.
             grids[StorageWeakRef(values.untyped_storage())] = _Grid(values, quantizer)
@@ -94,7 +95,9 @@ def saved_as_codes(model: nn.Module, enabled: bool = True) -> Iterator[None]:
     def unpack(saved: Tensor | _Saved) -> Tensor:
         return saved.values() if isinstance(saved, _Saved) else saved
 
-    quantizers = [module for module in model.modules() if isinstance(module, ActivationQuantizer | QuantizedReLU)]
+    # A lookup's result may come from a table.
+    kinds = ActivationQuantizer | QuantizedReLU | QuantizedLookup
+    quantizers = [module for module in model.modules() if isinstance(module, kinds)]
     handles = [module.register_forward_hook(note) for module in quantizers]
     operators = [module for module in model.modules() if isinstance(module, QuantizedFloatOperator)]
     before = [module.recomputes for module in operators]

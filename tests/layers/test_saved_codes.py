@@ -72,9 +72,9 @@ def held(kept: list[Any]) -> int:
     return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
-@pytest.mark.parametrize(("name", "most"), [("resnet", 0.7), ("mobilenet", 0.7), ("transformer", 0.4)])
+@pytest.mark.parametrize(("name", "most"), [("resnet", 0.7), ("mobilenet", 0.7), ("transformer", 0.42)])
 def test_less_is_kept(name: str, most: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a convolution's memory the codes take a quarter; what its batch norm keeps stays as it is."""
+    """Of a convolution's memory the codes take a quarter; what its batch norm keeps stays as it is, as do bytes of a lookup."""
     batch = torch.cat([BATCH] * 8)  # so many that weights hardly count
     qmodel, hooks = prepared(name), torch.autograd.graph.saved_tensors_hooks
     kept: dict[bool, list[Any]] = {False: [], True: []}
