@@ -42,9 +42,10 @@ def test_it_is_built_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
 @needs_compiler
 def test_another_source_is_another_library(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library()
-    changed = tmp_path / "activations.c"
-    changed.write_text(module.SOURCE.read_text() + "/* changed */")
-    monkeypatch.setattr(module, "SOURCE", changed)
+    *others, last = module.SOURCES
+    changed = tmp_path / last.name
+    changed.write_text(last.read_text() + "/* changed */")
+    monkeypatch.setattr(module, "SOURCES", (*others, changed))
     library.cache_clear()
     library()
     assert len(list(folder.iterdir())) == 2
