@@ -23,11 +23,8 @@ class Codes(NamedTuple):
     def of(cls, values: Tensor, quantizer: ActivationQuantizer) -> Codes:
         """Those of values on the quantizer's grid."""
         memory_format = torch.channels_last if values.dim() == 4 else torch.contiguous_format
-        codes = codes_of_multiples(values, quantizer.exponent, quantizer.int8_offset).contiguous(
-            memory_format=memory_format
-        )
-        # Turning the first bit of an int8 number gives the byte that is 128 more.
-        return cls(codes.view(torch.uint8).bitwise_xor_(128), quantizer)
+        codes = codes_of_multiples(values, quantizer.exponent, quantizer.int8_offset - 128, torch.uint8)
+        return cls(codes.contiguous(memory_format=memory_format), quantizer)
 
     def values(self, exponent: Tensor | None = None) -> Tensor:
         """The values, float32, in shape and strides of the bytes. exponent: where it is no longer the quantizer's."""

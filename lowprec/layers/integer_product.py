@@ -74,7 +74,7 @@ def integer_product(
 class PackedProduct:
     """x ∗ w + b, a dense convolution or a matrix product, from bytes: weights are packed once for inputs of one shape.
 
-    Arguments as of :class:`_IntegerProduct`. integers: c, int8.
+    Arguments as of :class:`_IntegerProduct`. integers: c, int8. dtype: of the results, float32 or bfloat16.
     """
 
     def __init__(
@@ -84,7 +84,9 @@ class PackedProduct:
         source: ActivationQuantizer,
         exponent: Tensor,
         geometry: Sequence[Sequence[int]] | None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
+        self.dtype = dtype
         self.scale = power_of_two(exponent)
         self.integers = scale_by_power_of_two(weight, -exponent.view(-1, *[1] * (weight.dim() - 1))).to(torch.int8)
         self.bias = bias
@@ -103,28 +105,31 @@ class PackedProduct:
         return isinstance(layer, QuantizedConv2d | QuantizedLinear) and codes.device.type == "cpu" and _is_exact(layer)
 
     def __call__(self, codes: Tensor) -> Tensor:
-        """codes: [B, I, H, W] channels_last or [..., I], codes of x raised by 128 where they are signed. Gives float32."""
+        """codes: [B, I, H, W] channels_last or [..., I], codes of x raised by 128 where they are signed."""
         zeros = torch.zeros(len(self.scale), dtype=torch.int32)
-        tail: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
+        written = self.dtype if kernels.writes(self.dtype) else torch.float32
+        tail: tuple[Any, ...] = (1.0, 0, written, "none", [], "")
         if self.where is None:
             rows = codes.reshape(-1, codes.shape[-1])
             packed = self._pack(rows.shape)
             result = torch.ops.onednn.qlinear_pointwise.default(
                 rows, *self.input, packed, self.scale, zeros, self.bias, *tail
             )
-            return torch.ops.aten._unsafe_view(result, [*codes.shape[:-1], len(self.scale)])
+            return torch.ops.aten._unsafe_view(result, [*codes.shape[:-1], len(self.scale)]).to(self.dtype)
         packed = self._pack(codes.shape)
-        return torch.ops.onednn.qconv2d_pointwise.default(
+        result = torch.ops.onednn.qconv2d_pointwise.default(
             codes, *self.input, packed, self.scale, zeros, self.bias, *self.where, *tail
         )
+        return result.to(self.dtype)
 
     def _pack(self, shape: torch.Size) -> Tensor:
         if self._packed is None or self._packed[0] != shape:
+            # The layout does not depend on the scales, of which packing reads one after the other.
             packed = (
                 torch.ops.onednn.qlinear_prepack.default(self.integers, None)
                 if self.where is None
                 else torch.ops.onednn.qconv_prepack.default(
-                    self.integers, self.scale, *self.input, *self.where, list(shape)
+                    self.integers, torch.ones(()), *self.input, *self.where, list(shape)
                 )
             )
             self._packed = shape, packed
@@ -154,14 +159,13 @@ class _IntegerProduct(torch.autograd.Function):
         ctx.dtypes = values.dtype, weight.dtype
         ctx.biases = None if bias is None else len(bias)
         bias = None if bias is None else bias.to(dtype).float()  # as autocast would have it
-        # Turning the first bit of an int8 number gives the byte that is 128 more.
-        codes = codes_of_multiples(values, source.exponent, source.int8_offset).view(torch.uint8).bitwise_xor_(128)
-        product = PackedProduct(weight, bias, source, exponent, geometry)
+        ctx.offset = source.int8_offset - 128
+        codes = codes_of_multiples(values, source.exponent, ctx.offset, torch.uint8)
+        product = PackedProduct(weight, bias, source, exponent, geometry, dtype)
         ctx.save_for_backward(
             codes, source.exponent.clone(), product.integers, exponent.view(-1, *[1] * (weight.dim() - 1))
         )
-        ctx.offset = source.int8_offset - 128
-        return product(codes).to(dtype)
+        return product(codes)
 
     @staticmethod
     @once_differentiable

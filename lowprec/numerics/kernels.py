@@ -37,16 +37,40 @@ def multiplies_exactly(magnitude: int) -> bool:
         weight = _weights(generator, magnitude, outputs, inputs)
         expected = (x.double() - 128) @ weight.double().t()
         try:
-            packed = torch.ops.onednn.qlinear_prepack.default(weight, [rows, inputs])
-            ones, zeros = torch.ones(outputs), torch.zeros(outputs, dtype=torch.int32)
-            sums = torch.ops.onednn.qlinear_pointwise.default(
-                x, 1.0, 128, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
-            )
+            sums = _product(x, weight, torch.float32)
         except (RuntimeError, AttributeError):
             return False
         if not torch.equal(sums.double(), expected):
             return False
     return True
+
+
+@lru_cache(maxsize=4)
+def writes(dtype: torch.dtype) -> bool:
+    """Whether integer products can be had in that dtype, rounded once, from the kernels that give them in float32.
+
+    Elsewhere oneDNN has no more than a loop for bfloat16, hundreds of times as slow.
+    """
+    if dtype is not torch.bfloat16:
+        return dtype is torch.float32
+    # Private: a missing one counts as "not supported".
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    if not supported():
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x, weight = _bytes(generator, 8, 256), _weights(generator, SAFE_MAGNITUDE, 40, 256)
+    expected, rounded = (_product(x, weight, written) for written in (torch.float32, torch.bfloat16))
+    return torch.equal(rounded, expected.to(torch.bfloat16))
+
+
+def _product(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """(x − 128) · weightᵀ of bytes [rows, inputs] and int8 weights [outputs, inputs]."""
+    packed = torch.ops.onednn.qlinear_prepack.default(weight, list(x.shape))
+    ones, zeros = torch.ones(len(weight)), torch.zeros(len(weight), dtype=torch.int32)
+    result: Tensor = torch.ops.onednn.qlinear_pointwise.default(
+        x, 1.0, 128, packed, ones, zeros, None, 1.0, 0, dtype, "none", [], ""
+    )
+    return result
 
 
 def _convolution_agrees(inputs: int, outputs: int, groups: int, kernel: int, magnitude: int) -> bool:

@@ -60,14 +60,14 @@ def gradient_within(gradient: Tensor, mask: Tensor, out: Tensor) -> None:
 def write_codes(values: Tensor, exponent: Tensor, offset: int, out: Tensor) -> None:
     """As :func:`lowprec.numerics.triton_activations.write_codes`."""
     function = getattr(library(), f"codes_{NAMES[values.dtype]}")
-    function(values.data_ptr(), out.data_ptr(), values.numel(), float(power_of_two(-exponent)), offset)
+    flip, more = _as_signed(out)
+    function(values.data_ptr(), out.data_ptr(), values.numel(), float(power_of_two(-exponent)), offset + more, flip)
 
 
 def write_values(codes: Tensor, exponent: Tensor, offset: int, out: Tensor) -> None:
     """As :func:`lowprec.numerics.triton_activations.write_values`."""
     function = getattr(library(), f"values_{NAMES[out.dtype]}")
-    # An unsigned byte is the signed one with the first bit turned, and 128 more.
-    flip, more = (-128, 128) if codes.dtype == torch.uint8 else (0, 0)
+    flip, more = _as_signed(codes)
     function(codes.data_ptr(), out.data_ptr(), codes.numel(), float(power_of_two(exponent)), offset + more, flip)
 
 
@@ -90,3 +90,8 @@ def times_slopes(gradient: Tensor, places: Tensor, slopes: Tensor, out: Tensor) 
     """gradient · slopes[places]; dense, in one order; ``out`` may be ``gradient``. slopes: [256], float32."""
     function = getattr(library(), f"times_slopes_{NAMES[gradient.dtype]}")
     function(gradient.data_ptr(), places.data_ptr(), out.data_ptr(), gradient.numel(), slopes.data_ptr())
+
+
+def _as_signed(codes: Tensor) -> tuple[int, int]:
+    """An unsigned byte is the signed one with the first bit turned, and 128 more."""
+    return (-128, 128) if codes.dtype == torch.uint8 else (0, 0)

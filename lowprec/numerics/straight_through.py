@@ -167,10 +167,13 @@ def _of_inputs(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return of_values, of_addend, None, None, None, None, None
 
 
-def codes_of_multiples(values: Tensor, exponent: Tensor, offset: int) -> Tensor:
-    """values / 2^exponent - offset as int8, in shape and strides of ``values``, multiples of 2^exponent; exponent: an int32."""
+def codes_of_multiples(values: Tensor, exponent: Tensor, offset: int, dtype: torch.dtype = torch.int8) -> Tensor:
+    """values / 2^exponent - offset, in shape and strides of ``values``, multiples of 2^exponent; exponent: an int32.
+
+    dtype: int8, or uint8 with an offset that leaves 0 … 255.
+    """
     values = values if is_dense(values) else values.contiguous()
-    codes = torch.empty_like(values, dtype=torch.int8)
+    codes = torch.empty_like(values, dtype=dtype)
     kernels = _kernels(values)
     if kernels is not None:
         kernels.write_codes(values, exponent, offset, codes)

@@ -69,7 +69,7 @@ def gradient_within(gradient: Tensor, mask: Tensor, out: Tensor) -> None:
 
 
 def write_codes(values: Tensor, exponent: Tensor, offset: int, out: Tensor) -> None:
-    """Writes values / 2^exponent - offset to ``out``, int8.
+    """Writes values / 2^exponent - offset to ``out``, int8 or uint8.
 
     values: on that grid; float32 or bfloat16, dense, of the same strides.
     """
@@ -159,7 +159,7 @@ def codes_kernel(
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     exists = places < size
     x = tl.load(values + places, mask=exists, other=0.0).to(tl.float32)
-    tl.store(out + places, (x * power_of_two(-tl.load(exponent)) - OFFSET).to(tl.int8), mask=exists)
+    tl.store(out + places, (x * power_of_two(-tl.load(exponent)) - OFFSET).to(out.dtype.element_ty), mask=exists)
 
 
 @triton.jit

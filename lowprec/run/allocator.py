@@ -20,7 +20,7 @@ def keep_freed_memory() -> bool:
     environment tunes the allocator itself.
     """
     mallopt = _function("mallopt")
-    return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+    return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, -1))
 
 
 def give_back_freed_memory() -> None:

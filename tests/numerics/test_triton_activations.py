@@ -145,7 +145,11 @@ def test_codes_of_values_and_values_of_codes(
     found = codes_of_multiples(*on_device, offset)
     assert found.stride() == wanted.stride()
     assert torch.equal(found.cpu(), wanted)
-    for kept, less in ((found, offset), (found.view(torch.uint8).bitwise_xor(128), offset - 128)):
+    raised = codes_of_multiples(*on_device, offset - 128, torch.uint8)
+    assert torch.equal(raised.cpu().int() - 128, wanted.int())
+    with operators_only():
+        assert torch.equal(codes_of_multiples(values, whole, offset - 128, torch.uint8), raised.cpu())
+    for kept, less in ((found, offset), (raised, offset - 128)):
         back = multiples_of_codes(kept, on_device[1], less, dtype)
         assert back.stride() == values.stride()
         assert torch.equal(back.cpu(), values)

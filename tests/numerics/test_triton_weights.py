@@ -111,10 +111,15 @@ def test_8_bit_weights_that_are_not_dense(device: str) -> None:
     assert torch.equal(found_exponents.cpu(), exponents)
 
 
+@pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("cluster_size", [4, 64])
 @pytest.mark.parametrize("bits", [2, 4])
-def test_sums_of_any_weights_are_the_same_in_whatever_order(bits: int, cluster_size: int, device: str) -> None:
-    weight = torch.randn(16, 64, 3, 3, generator=torch.Generator().manual_seed(0))
+def test_sums_of_any_weights_are_the_same_in_whatever_order(
+    bits: int, cluster_size: int, memory_format: torch.memory_format, device: str
+) -> None:
+    weight = torch.randn(16, 64, 3, 3, generator=torch.Generator().manual_seed(0)).contiguous(
+        memory_format=memory_format
+    )
     scheme = WeightScheme(bits=bits, cluster_size=cluster_size)
     reference, values, exponents = moved_by_operators(WeightQuantizer(tuple(weight.shape), scheme), weight, weight)
     quantizer = WeightQuantizer(tuple(weight.shape), scheme)
@@ -140,11 +145,14 @@ def test_what_the_kernels_do_not_take_goes_to_operators(device: str, monkeypatch
         assert quantizer.with_exponents(weight.to(device))[0].shape == weight.shape
 
 
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("channels", [8, 64])
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_a_nan_is_not_lost(bits: int, device: str) -> None:
+def test_a_nan_is_not_lost(bits: int, channels: int, memory_format: torch.memory_format, device: str) -> None:
     """A training that diverges has to be seen to."""
-    weight = torch.randn(3, 8, 3, 3, generator=torch.Generator().manual_seed(0))
-    quantizer = WeightQuantizer((3, 8, 3, 3), WeightScheme(bits=bits, cluster_size=4))
+    shape = (3, channels, 3, 3)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=memory_format)
+    quantizer = WeightQuantizer(shape, WeightScheme(bits=bits, cluster_size=4))
     quantizer.solve(weight, "layer")
     quantizer.to(device)
     weight[1, 5, 2, 0] = torch.nan

@@ -76,10 +76,11 @@ typedef struct {
         }                                                                                                                \
     }                                                                                                                    \
                                                                                                                          \
-    void codes_##NAME(const TYPE *values, int8_t *codes, ptrdiff_t size, float inverse, float offset) {                  \
+    void codes_##NAME(const TYPE *values, int8_t *codes, ptrdiff_t size, float inverse, float offset, int8_t flip) {     \
         _Pragma("omp parallel for schedule(static) if (size > PART)") for (ptrdiff_t first = 0; first < size; first += PART) {            \
             ptrdiff_t last = first + PART < size ? first + PART : size;                                                  \
-            for (ptrdiff_t i = first; i < last; i++) codes[i] = (int8_t)(wide_##NAME(values[i]) * inverse - offset);     \
+            for (ptrdiff_t i = first; i < last; i++)                                                                     \
+                codes[i] = (int8_t)((int8_t)(wide_##NAME(values[i]) * inverse - offset) ^ flip);                         \
         }                                                                                                                \
     }                                                                                                                    \
                                                                                                                          \

@@ -28,7 +28,7 @@ _P, _N, _F, _I = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_float, ctypes.c_int
 OF_ACTIVATIONS = {
     "quantize": (_P, _P, _P, _P, _N, _F, _F, _F, _F, _F),
     "gradient": (_P, _P, _P, _N),
-    "codes": (_P, _P, _N, _F, _F),
+    "codes": (_P, _P, _N, _F, _F, ctypes.c_int8),
     "values": (_P, _P, _N, _F, _F, ctypes.c_int8),
     "look_up": (_P, _P, _P, _N, _F, _F, _P),
     "times_slopes": (_P, _P, _P, _N, _P),

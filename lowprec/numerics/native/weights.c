@@ -22,6 +22,7 @@ typedef struct {
 } cluster;
 
 enum { LOWEST = -60, HIGHEST = 60, CODE_LIMIT = 7, LOWEST_CODE = -128, HIGHEST_CODE = 127, CANDIDATES = 3, PART = 64 };
+enum { TO_NEAREST = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC };
 
 static inline ptrdiff_t least(ptrdiff_t one, ptrdiff_t other) { return one < other ? one : other; }
 
@@ -81,6 +82,9 @@ static inline cluster cluster_of(ptrdiff_t members, ptrdiff_t positions, strides
     return (cluster){positions, by.position, members, by.channel};
 }
 
+/* Whether eight clusters side by side fill registers: their runs are of four adjacent weights. */
+static inline int is_of_fours(cluster c) { return c.weights == 4 && c.step == 1; }
+
 /* Σ |w| of those of at least ``reach``, whose number is added to ``size``; a NaN is not lost. */
 static inline double sum_of_run(const float *w, ptrdiff_t weights, ptrdiff_t step, float reach, ptrdiff_t *size) {
     double sum = 0;
@@ -124,6 +128,68 @@ static inline float descend_ternary(const float *w, cluster c, float old, float 
     return found;
 }
 
+/* A run of eight clusters of four adjacent weights each, a lane of the four registers a cluster. */
+static inline void load_by_member(const float *w, __m256 member[4]) {
+    __m256 row[4], pair[4];
+    for (int i = 0; i < 4; i++) row[i] = _mm256_set_m128(_mm_loadu_ps(w + 16 + 4 * i), _mm_loadu_ps(w + 4 * i));
+    for (int i = 0; i < 2; i++) {
+        pair[2 * i] = _mm256_unpacklo_ps(row[2 * i], row[2 * i + 1]);
+        pair[2 * i + 1] = _mm256_unpackhi_ps(row[2 * i], row[2 * i + 1]);
+    }
+    for (int i = 0; i < 2; i++) {
+        member[2 * i] = _mm256_shuffle_ps(pair[i], pair[2 + i], 0x44);
+        member[2 * i + 1] = _mm256_shuffle_ps(pair[i], pair[2 + i], 0xEE);
+    }
+}
+
+static inline __m256d four_of(__m256 eight, int second) {
+    return _mm256_cvtps_pd(second ? _mm256_extractf128_ps(eight, 1) : _mm256_castps256_ps128(eight));
+}
+
+static inline __m256 load_eight(const float *from, ptrdiff_t step) {
+    if (step == 1) return _mm256_loadu_ps(from);
+    return _mm256_setr_ps(from[0], from[step], from[2 * step], from[3 * step], from[4 * step], from[5 * step], from[6 * step],
+                          from[7 * step]);
+}
+
+static inline void store_eight(float *to, ptrdiff_t step, __m256 values) {
+    float each[8];
+    if (step == 1) {
+        _mm256_storeu_ps(to, values);
+        return;
+    }
+    _mm256_storeu_ps(each, values);
+    for (int i = 0; i < 8; i++) to[i * step] = each[i];
+}
+
+/* descend_ternary of eight clusters side by side; 0 where one of them has no scale yet, or nothing within reach. */
+static inline int descend_eight(const float *w, cluster c, float *scale, float *threshold, ptrdiff_t step) {
+    __m256 old = load_eight(scale, step), zero = _mm256_setzero_ps(), half = _mm256_set1_ps(0.5f), member[4];
+    if (_mm256_movemask_ps(_mm256_cmp_ps(old, zero, _CMP_GT_OQ)) != 0xFF) return 0;
+    __m256 reach = _mm256_mul_ps(old, half), sign = _mm256_set1_ps(-0.0f), one = _mm256_set1_ps(1.0f), size = zero;
+    __m256d sums[2] = {_mm256_setzero_pd(), _mm256_setzero_pd()};
+    for (ptrdiff_t run = 0; run < c.runs; run++) {
+        load_by_member(w + run * c.next, member);
+        for (int i = 0; i < 4; i++) {
+            __m256 magnitude = _mm256_andnot_ps(sign, member[i]);
+            __m256 within = _mm256_and_ps(_mm256_cmp_ps(magnitude, reach, _CMP_GE_OQ), one);
+            size = _mm256_add_ps(size, within);
+            member[i] = _mm256_mul_ps(magnitude, within); /* NaN stays */
+        }
+        for (int i = 0; i < 2; i++) {
+            __m256d even = _mm256_add_pd(four_of(member[0], i), four_of(member[2], i));
+            __m256d odd = _mm256_add_pd(four_of(member[1], i), four_of(member[3], i));
+            sums[i] = _mm256_add_pd(sums[i], _mm256_add_pd(even, odd));
+        }
+    }
+    if (_mm256_movemask_ps(_mm256_cmp_ps(size, zero, _CMP_GT_OQ)) != 0xFF) return 0;
+    __m256 found = _mm256_div_ps(_mm256_set_m128(_mm256_cvtpd_ps(sums[1]), _mm256_cvtpd_ps(sums[0])), size);
+    store_eight(scale, step, found);
+    __m256 positive = _mm256_cmp_ps(found, zero, _CMP_GT_OQ);
+    store_eight(threshold, step, _mm256_blendv_ps(_mm256_set1_ps(INFINITY), _mm256_mul_ps(found, half), positive));
+    return 1;
+}
+
 static float descend_four_bit(const float *w, cluster c, float old) {
     double explained = 0, power = 0;
     for (ptrdiff_t run = 0; run < c.runs; run++)
@@ -147,12 +213,17 @@ void descend(const float *weight, float *scale, float *threshold, sizes s, strid
     ptrdiff_t positions = s.shared ? s.positions : 1, next = s.members * by.channel;
     cluster full = cluster_of(s.members, positions, by);
     cluster last = cluster_of(s.channels - (groups - 1) * s.members, positions, by);
+    int fours = threshold && is_of_fours(full);
 #pragma omp parallel for schedule(static) if (s.outputs * s.channels * s.positions > 1 << 14)
     for (ptrdiff_t o = 0; o < s.outputs; o++)
-        for (ptrdiff_t g = 0; g < groups; g++)
-            for (ptrdiff_t c = 0; c < clusters; c++) {
+        for (ptrdiff_t c = 0; c < clusters; c++)
+            for (ptrdiff_t g = 0; g < groups; g++) {
                 const float *w = weight + o * by.output + g * next + c * by.position;
                 ptrdiff_t place = o * scales.output + g * scales.channel + c * scales.position;
+                if (fours && g + 8 < groups && descend_eight(w, full, scale + place, threshold + place, scales.channel)) {
+                    g += 7;
+                    continue;
+                }
                 const cluster *whole = g + 1 < groups ? &full : &last;
                 scale[place] = threshold ? descend_ternary(w, *whole, scale[place], threshold + place)
                                          : descend_four_bit(w, *whole, scale[place]);
@@ -183,6 +254,25 @@ static inline void ternary_run(const float *w, ptrdiff_t weights, ptrdiff_t step
     }
 }
 
+/* ternary_run of eight clusters side by side, each of its own reach and worth. */
+static inline void ternary_eight(const float *w, __m256 reach, __m256 worth, void *out, ptrdiff_t place, int half) {
+    __m256 sign = _mm256_set1_ps(-0.0f), zero = _mm256_setzero_ps();
+    __m256i own = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+    for (ptrdiff_t i = 0; i < 32; i += 8, own = _mm256_add_epi32(own, _mm256_set1_epi32(2))) {
+        __m256 eight = _mm256_loadu_ps(w + i), worths = _mm256_permutevar8x32_ps(worth, own);
+        __m256 least = _mm256_permutevar8x32_ps(reach, own);
+        __m256 within = _mm256_and_ps(_mm256_cmp_ps(_mm256_andnot_ps(sign, eight), least, _CMP_GE_OQ),
+                                      _mm256_cmp_ps(eight, zero, _CMP_NEQ_OQ));
+        __m256 value = _mm256_blendv_ps(_mm256_mul_ps(worths, zero), _mm256_xor_ps(worths, _mm256_and_ps(eight, sign)), within);
+        if (half) {
+            __m256i high = _mm256_srli_epi32(_mm256_castps_si256(value), 16);
+            __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
+            _mm_storeu_si128((__m128i *)((uint16_t *)out + place + i), _mm256_castsi256_si128(packed));
+        } else
+            _mm256_storeu_ps((float *)out + place + i, value);
+    }
+}
+
 static void four_bit_run(const float *w, ptrdiff_t weights, ptrdiff_t step, float scale, float mantissa, float unit, void *out,
                          ptrdiff_t place, ptrdiff_t apart, int half) {
     for (ptrdiff_t i = 0; i < weights; i++)
@@ -197,6 +287,7 @@ void quantize_clusters(const float *weight, const float *scale, const float *thr
     ptrdiff_t positions = s.shared ? s.positions : 1, rest = s.channels - (groups - 1) * s.members;
     cluster from[2] = {cluster_of(s.members, positions, by), cluster_of(rest, positions, by)};
     cluster into[2] = {cluster_of(s.members, positions, to), cluster_of(rest, positions, to)};
+    int fours = threshold && is_of_fours(from[0]) && is_of_fours(into[0]);
 #pragma omp parallel for schedule(static) if (s.outputs * s.channels * s.positions > 1 << 14)
     for (ptrdiff_t o = 0; o < s.outputs; o++) {
         float largest[2] = {0};
@@ -206,12 +297,21 @@ void quantize_clusters(const float *weight, const float *scale, const float *thr
         }
         int exponent = exponents[o] = exponent_for(largest[0] * power_of_two(shift), limit);
         float unit = power_of_two(exponent), inverse = power_of_two(shift - exponent), part = power_of_two(-shift);
-        for (ptrdiff_t g = 0; g < groups; g++)
-            for (ptrdiff_t c = 0; c < clusters; c++) {
+        for (ptrdiff_t c = 0; c < clusters; c++)
+            for (ptrdiff_t g = 0; g < groups; g++) {
                 const cluster *f = from + (g + 1 == groups), *t = into + (g + 1 == groups);
                 const float *w = weight + o * by.output + g * s.members * by.channel + c * by.position;
                 ptrdiff_t first = o * to.output + g * s.members * to.channel + c * to.position;
                 ptrdiff_t place = o * scales.output + g * scales.channel + c * scales.position;
+                if (fours && g + 8 < groups) {
+                    __m256 reach = load_eight(threshold + place, scales.channel);
+                    __m256 scaled = _mm256_mul_ps(load_eight(scale + place, scales.channel), _mm256_set1_ps(inverse));
+                    __m256 worth = _mm256_mul_ps(_mm256_round_ps(scaled, TO_NEAREST), _mm256_set1_ps(unit));
+                    for (ptrdiff_t run = 0; run < f->runs; run++, w += f->next, first += t->next)
+                        ternary_eight(w, reach, worth, out, first, half);
+                    g += 7;
+                    continue;
+                }
                 float own = scale[place], mantissa = rintf(own * inverse);
                 for (ptrdiff_t run = 0; run < f->runs; run++, w += f->next, first += t->next) {
                     if (threshold)
