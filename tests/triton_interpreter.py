@@ -14,7 +14,14 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from lowprec.layers import lookup, tensor_core_product, weights
-from lowprec.numerics import straight_through, triton_activations, triton_arithmetic, triton_products, triton_weights
+from lowprec.numerics import (
+    straight_through,
+    triton_activations,
+    triton_arithmetic,
+    triton_products,
+    triton_weights,
+    weight_integers,
+)
 
 # In the order in which they use each other.
 MODULES = (triton_arithmetic, triton_activations, triton_products, triton_weights)
@@ -85,6 +92,6 @@ def operators_only() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for user in USERS:
             patch.setattr(user, "runs_triton", nowhere)
-        for user in (straight_through, weights, lookup):
+        for user in (straight_through, weights, lookup, weight_integers):
             patch.setattr(user, "runs_native", nowhere)
         yield

@@ -3,7 +3,7 @@
 Quantized activations and weights are integers times powers of two, x = 2^e_x · q and w = 2^e_w · c, so that a product of them is
 2^(e_x + e_w) · Σ q·c. The kernels sum in 32 bits, which is exact, and give float32: what the float32 product gives, bit by bit,
 while |Σ q·c| stays below 2^24; beyond, float32 rounds on the way and the integers once. The backward pass is the float one, on
-values that the 8-bit codes give back exactly: these alone are kept for it, a quarter of the memory.
+values that the 8-bit codes give back exactly: of float32 these alone are kept for it, a quarter of the memory.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from lowprec.layers.activations import ActivationQuantizer
 from lowprec.layers.elementwise import QuantizedReLU
 from lowprec.layers.linear import QuantizedConv2d, QuantizedLayer, QuantizedLinear
 from lowprec.numerics import kernels
-from lowprec.numerics.fixed_point import EXACT_DTYPES, dequantize, power_of_two, scale_by_power_of_two
+from lowprec.numerics.fixed_point import EXACT_DTYPES, power_of_two
 from lowprec.numerics.straight_through import codes_of_multiples, multiples_of_codes
+from lowprec.numerics.weight_integers import integers_of_weight, weight_of_integers
 
 # Below these, in all and for each element of the input, coding and packing cost more than the kernel gives (forward and backward
 # pass, two cores with AVX2). With VNNI kernels do about four times the work, and so much less is enough (not measured).
@@ -88,7 +89,7 @@ class PackedProduct:
     ) -> None:
         self.dtype = dtype
         self.scale = power_of_two(exponent)
-        self.integers = scale_by_power_of_two(weight, -exponent.view(-1, *[1] * (weight.dim() - 1))).to(torch.int8)
+        self.integers = integers_of_weight(weight, exponent)
         self.bias = bias
         self.input = (float(power_of_two(source.exponent)), 128 - source.int8_offset)
         self.where = None if geometry is None else (*map(list, geometry), 1)
@@ -162,17 +163,18 @@ class _IntegerProduct(torch.autograd.Function):
         ctx.offset = source.int8_offset - 128
         codes = codes_of_multiples(values, source.exponent, ctx.offset, torch.uint8)
         product = PackedProduct(weight, bias, source, exponent, geometry, dtype)
-        ctx.save_for_backward(
-            codes, source.exponent.clone(), product.integers, exponent.view(-1, *[1] * (weight.dim() - 1))
-        )
+        # Of values that are to be in the backward pass's bfloat16, bytes would save little, and leave larger holes in memory.
+        kept = values if values.dtype == dtype == torch.bfloat16 else codes
+        ctx.save_for_backward(kept, source.exponent.clone(), product.integers, exponent)
         return product(codes)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        codes, input_exponent, integers, exponent = ctx.saved_tensors
-        values = multiples_of_codes(codes, input_exponent, ctx.offset, ctx.dtype)
-        return product_gradients(ctx, gradient, values, dequantize(integers, exponent).to(ctx.dtype))
+        values, input_exponent, integers, exponent = ctx.saved_tensors
+        if not values.is_floating_point():
+            values = multiples_of_codes(values, input_exponent, ctx.offset, ctx.dtype)
+        return product_gradients(ctx, gradient, values, weight_of_integers(integers, exponent, ctx.dtype))
 
 
 def product_gradients(ctx: Any, gradient: Tensor, values: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:

@@ -54,6 +54,24 @@ def quantize_eight_bit(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tens
     return quantized, exponent
 
 
+def integers_of_weights(weight: Tensor, exponent: Tensor) -> Tensor:
+    """weight / 2^exponent as int8, float32 or bfloat16 [O, …] whose output channels lie one after the other; exponent: [O]."""
+    integers = torch.empty_like(weight, dtype=torch.int8)
+    library().integers_of_weights(
+        *(weight.data_ptr(), integers.data_ptr(), exponent.data_ptr()),
+        *(len(weight), weight[0].numel(), weight.dtype == torch.bfloat16),
+    )
+    return integers
+
+
+def weights_of_integers(integers: Tensor, exponent: Tensor, out: Tensor) -> None:
+    """Writes integers · 2^exponent to ``out``, float32 or bfloat16, of the same strides; as :func:`integers_of_weights`."""
+    library().weights_of_integers(
+        *(integers.data_ptr(), out.data_ptr(), exponent.data_ptr()),
+        *(len(integers), integers[0].numel(), out.dtype == torch.bfloat16),
+    )
+
+
 def _sizes(layout: ClusterLayout) -> Sizes:
     outputs, channels = layout.weight_shape[:2]
     return Sizes(outputs, channels, layout.positions, layout.members, layout.shares_positions)

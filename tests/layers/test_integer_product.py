@@ -224,6 +224,42 @@ def test_of_inputs_and_weights_bytes_are_kept() -> None:
     assert sum(tensor.numel() for tensor in kept) > BATCH.numel() + 8 * 8 * 26 * 26
 
 
+def test_of_bfloat16_inputs_themselves_are_kept_and_weights_as_bytes() -> None:
+    qmodel = prepared(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, bias=False)), ALL_TERNARY)
+    assert use_integer_kernels(qmodel) == 2
+    kept: list[Tensor] = []
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor),
+    ):
+        qmodel(BATCH.contiguous(memory_format=torch.channels_last))
+    # Images are float32, what lies behind the first convolution is not.
+    inputs = {tensor.shape: tensor.dtype for tensor in kept if tensor.numel() >= 4 * BATCH.shape[-1]}
+    assert inputs[BATCH.shape] == torch.uint8
+    assert inputs[torch.Size([len(BATCH), 8, 26, 26])] == torch.bfloat16
+    assert {tensor.dtype for tensor in kept if tensor.shape[:1] == (8,)} >= {torch.int8}
+    assert not any(tensor.dtype == torch.float32 and tensor.numel() > 100 for tensor in kept)
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_bfloat16_is_written_by_the_kernels_or_rounded_once(written: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where oneDNN has no kernels that write it, what they give in float32 is rounded."""
+    if written and not kernels.writes(torch.bfloat16):
+        pytest.skip("this processor's kernels do not")
+    monkeypatch.setattr(kernels, "writes", lambda dtype: written or dtype == torch.float32)
+    qmodel = prepared(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 26 * 26, 10)), ALL_TERNARY
+    )
+    images = BATCH.contiguous(memory_format=torch.channels_last)
+    results = []
+    for count in (0, 2):
+        assert use_integer_kernels(qmodel, count > 0) == count
+        with torch.autocast("cpu", torch.bfloat16):
+            results.append(qmodel(images))
+    assert results[0].dtype == torch.bfloat16
+    assert torch.equal(*results)
+
+
 def test_it_can_be_turned_off_again() -> None:
     qmodel = prepared(NETWORKS["resnet"](), "w2a8_n4")
     assert use_integer_kernels(qmodel) > 0

@@ -52,6 +52,8 @@ ARGUMENTS = {
     "descend": (_P, _P, _P, Sizes, Strides, Strides),
     "quantize_clusters": (_P, _P, _P, _P, _P, Sizes, Strides, Strides, Strides, _I, _I, _I),
     "quantize_eight_bit": (_P, _P, _P, _N, _N, _I),
+    "integers_of_weights": (_P, _P, _P, _N, _N, _I),
+    "weights_of_integers": (_P, _P, _P, _N, _N, _I),
 }
 RETURNING = ("look_up_float", "look_up_bfloat16")
 

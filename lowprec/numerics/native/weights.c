@@ -360,3 +360,33 @@ void quantize_eight_bit(const float *weight, void *out, int32_t *exponents, ptrd
         for (ptrdiff_t i = 0; i < size; i++) store(out, o * size + i, eight_bit_code(w[i], best) * unit, half);
     }
 }
+
+/* Integers of -128 … 127 of dense weights [O, size] that are these times 2^exponents. */
+void integers_of_weights(const void *weight, int8_t *out, const int32_t *exponents, ptrdiff_t outputs, ptrdiff_t size, int half) {
+#pragma omp parallel for schedule(static) if (outputs * size > 1 << 14)
+    for (ptrdiff_t o = 0; o < outputs; o++) {
+        float inverse = power_of_two(-exponents[o]);
+        if (half)
+            for (ptrdiff_t i = o * size; i < (o + 1) * size; i++) {
+                uint32_t bits = (uint32_t)((const uint16_t *)weight)[i] << 16;
+                float value;
+                memcpy(&value, &bits, sizeof value);
+                out[i] = (int8_t)(value * inverse);
+            }
+        else
+            for (ptrdiff_t i = o * size; i < (o + 1) * size; i++) out[i] = (int8_t)(((const float *)weight)[i] * inverse);
+    }
+}
+
+/* The weights again. */
+void weights_of_integers(const int8_t *integers, void *out, const int32_t *exponents, ptrdiff_t outputs, ptrdiff_t size,
+                         int half) {
+#pragma omp parallel for schedule(static) if (outputs * size > 1 << 14)
+    for (ptrdiff_t o = 0; o < outputs; o++) {
+        float unit = power_of_two(exponents[o]);
+        if (half)
+            for (ptrdiff_t i = o * size; i < (o + 1) * size; i++) store(out, i, (float)integers[i] * unit, 1);
+        else
+            for (ptrdiff_t i = o * size; i < (o + 1) * size; i++) store(out, i, (float)integers[i] * unit, 0);
+    }
+}
