@@ -21,6 +21,7 @@ from lowprec.layers.elementwise import QuantizedReLU
 from lowprec.layers.linear import QuantizedConv2d, QuantizedLayer, QuantizedLinear
 from lowprec.numerics import kernels
 from lowprec.numerics.fixed_point import EXACT_DTYPES, power_of_two
+from lowprec.numerics.memory import is_channels_last
 from lowprec.numerics.straight_through import codes_of_multiples, multiples_of_codes
 from lowprec.numerics.weight_integers import integers_of_weight, weight_of_integers
 
@@ -63,7 +64,8 @@ def integer_product(
     if not takes or values.dtype not in EXACT_DTYPES:
         return None
     convolves = isinstance(layer, QuantizedConv2d)
-    if convolves and not values.is_contiguous(memory_format=torch.channels_last):
+    # Of one channel, or one position, the float product may be in the other order, in which a norm's sums differ.
+    if convolves and not is_channels_last(values):
         return None
     if not _is_worth_it(layer, values.numel(), weight.numel() // values.shape[1 if convolves else -1]):
         return None
@@ -103,6 +105,8 @@ class PackedProduct:
     @staticmethod
     def takes(layer: QuantizedLayer, codes: Tensor) -> bool:
         """Whether it computes what ``layer.operate`` does from these bytes, exactly."""
+        if isinstance(layer, QuantizedConv2d) and not is_channels_last(codes):
+            return False
         return isinstance(layer, QuantizedConv2d | QuantizedLinear) and codes.device.type == "cpu" and _is_exact(layer)
 
     def __call__(self, codes: Tensor) -> Tensor:

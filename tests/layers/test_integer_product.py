@@ -121,6 +121,18 @@ def test_each_layer_with_its_bias(bits: int) -> None:
     assert len(seen) == 3
 
 
+def test_a_norm_behind_a_convolution_of_one_channel_sums_in_the_same_order() -> None:
+    batch = images(1, 37, (1, 8, 8))
+    qmodel = prepared(CifarResNet(8, num_classes=10, in_channels=1, width=8), "w8a8", batch)
+    results = []
+    for enabled in (False, True):
+        changed = copy.deepcopy(qmodel)
+        use_integer_kernels(changed, enabled)
+        results.append(trained(changed, batch, torch.float32))
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(map(torch.equal, results[0][1], results[1][1]))
+
+
 def test_sums_beyond_24_bits_are_rounded_once() -> None:
     model = nn.Sequential(nn.Conv2d(1024, 8, 3, padding=1, bias=False), nn.ReLU())
     nn.init.ones_(model[0].weight)
