@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lowprec
+from lowprec.layers import weights
 from lowprec.models.cifar_resnet import CifarResNet
 from lowprec.numerics import straight_through
 
@@ -57,23 +58,22 @@ def model() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "calls", "written"), [("w2a8_n4", 100, 2.35), ("w4a8_n4", 97, 2.35), ("w8a8", 111, 2.4)]
+    ("recipe", "calls", "written"), [("w2a8_n4", 100, 2.17), ("w4a8_n4", 97, 2.18), ("w8a8", 110, 2.24)]
 )
 def test_a_step_on_operators_does_no_more_than_it_did(
     recipe: str, calls: int, written: float, model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Limits lie a tenth above what was counted. calls: a layer, above the plain step's; written: bytes to the plain step's."""
-    monkeypatch.setattr(straight_through, "runs_native", lambda tensor: False)
+    for user in (straight_through, weights):
+        monkeypatch.setattr(user, "runs_native", lambda tensor: False)
     check(recipe, calls, written, model)
 
 
 @needs_compiler
-@pytest.mark.parametrize(
-    ("recipe", "calls", "written"), [("w2a8_n4", 77, 1.0), ("w4a8_n4", 74, 1.0), ("w8a8", 88, 1.05)]
-)
-def test_a_step_on_kernels_does_no_more_than_it_did(recipe: str, calls: int, written: float, model: nn.Module) -> None:
+@pytest.mark.parametrize("recipe", ["w2a8_n4", "w4a8_n4", "w8a8"])
+def test_a_step_on_kernels_does_no_more_than_it_did(recipe: str, model: nn.Module) -> None:
     """What the kernels write, in memory that is there, is not counted."""
-    check(recipe, calls, written, model)
+    check(recipe, calls=8, written=0.9, model=model)
 
 
 def check(recipe: str, calls: int, written: float, model: nn.Module) -> None:
