@@ -19,6 +19,9 @@ from lowprec.images import check_images, image_batches
 from lowprec.layers import ActivationQuantizer, QuantizedLayer
 from lowprec.prepare import expect_prepared, full_precision
 
+# Of images calibrated at a time: 64 channels at a quarter of them, as behind a stem of stride 2, take 32 MiB, glibc's limit.
+PIXELS = 1 << 19
+
 
 @torch.no_grad()
 def calibrate(qmodel: fx.GraphModule, batches: Iterable[Any], batch_norm_correction: bool = True) -> None:
@@ -40,6 +43,7 @@ def calibrate(qmodel: fx.GraphModule, batches: Iterable[Any], batch_norm_correct
             "the model is calibrated already and its batch norms would be corrected twice: prepare the full-precision "
             "model anew, or call calibrate(qmodel, batches, batch_norm_correction=False) to choose exponents alone"
         )
+    images = [part for batch in images for part in _parts(batch)]
     was_training = qmodel.training
     qmodel.eval()
     try:
@@ -60,6 +64,13 @@ def calibration_images(qmodel: fx.GraphModule, batches: Iterable[Any], function:
         raise ValueError(f"{function} got no images: give at least one batch [B, C, H, W]")
     device = next(qmodel.parameters()).device
     return [batch.to(device) for batch in images]
+
+
+def _parts(batch: Tensor) -> tuple[Tensor, ...]:
+    """A batch, on a CPU in parts whose tensors glibc takes from memory that it holds: larger ones are new pages each time."""
+    if batch.device.type != "cpu":
+        return (batch,)
+    return batch.tensor_split(max(1, min(len(batch), -(-batch[:, 0].numel() // PIXELS))))
 
 
 def is_calibrated(qmodel: fx.GraphModule) -> bool:

@@ -2,19 +2,22 @@
 
 import copy
 import logging
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from networks import awkward, images
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
 
 import lowprec
-from lowprec.calibrate import calibrate
+from lowprec.calibrate import _ChannelsLast, calibrate
 from lowprec.calibration.walk import ADD_REACH, MASK_EXPONENT
 from lowprec.integer.operators import IntegerAdd
 from lowprec.layers import QuantizedAveragePool
+from lowprec.models.cifar_resnet import CifarResNet
 from lowprec.numerics.calibrators import choose_exponent
 from lowprec.prepare import full_precision, prepare
 from lowprec.recipe import ActivationScheme, Recipe, WeightScheme
@@ -273,3 +276,18 @@ def test_another_user_of_an_operand_brought_within_reach_sees_its_new_codes() ->
         means = [pool.unquantized(values) for values in inputs]
         quantizer = pool.quantizer
         assert int(quantizer.exponent) == choose_exponent(means, quantizer.codes, scheme.calibrator, scheme.percentile)
+
+
+def test_large_batches_are_calibrated_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 16 images, at most 4 at a time: as if they had been given so."""
+    model, batch = awkward(CifarResNet(8, num_classes=10, in_channels=3, width=8), seed=3), images(1, 16, (3, 12, 12))
+    sizes = []
+    run = _ChannelsLast.run
+    monkeypatch.setattr(_ChannelsLast, "run", lambda walk, part: (sizes.append(len(part)), run(walk, part))[1])
+    monkeypatch.setattr(sys.modules[calibrate.__module__], "PIXELS", 4 * 12 * 12)
+    whole, parts = (lowprec.prepare(model, "w2a8_n4", batch[:2]) for _ in range(2))
+    lowprec.calibrate(whole, [batch])
+    lowprec.calibrate(parts, batch.split(4))
+    assert sizes == [4] * 8
+    wanted = parts.state_dict()
+    assert [name for name, tensor in whole.state_dict().items() if not torch.equal(tensor, wanted[name])] == []
