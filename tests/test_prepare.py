@@ -1,6 +1,7 @@
 """Preparation: the same model, its names kept, its weights solved, the original as it was."""
 
 import copy
+import gc
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,22 @@ def test_one_quantizer_a_tensor_whatever_its_users(net: nn.Module) -> None:
     assert len(quantizers) == 6  # input, three convolutions, add, pooling
     signed = {name for name, module in quantizers.items() if module.signed}
     assert signed == {"input_quantizer", "conv3.quantizer"}
+
+
+def test_no_copy_of_the_weights_waits_for_a_garbage_collection(net: nn.Module) -> None:
+    shape = net.conv2.weight.shape
+
+    def weights() -> int:
+        return sum(isinstance(o, nn.Parameter) and o.shape == shape and not o.is_meta for o in gc.get_objects())
+
+    gc.collect()
+    before = weights()
+    gc.disable()
+    try:
+        qmodel = prepare(net, "w2a8_n4", IMAGES)
+        assert weights() == before + sum(parameter.shape == shape for parameter in qmodel.parameters())
+    finally:
+        gc.enable()
 
 
 def test_deepcopy_keeps_the_references_within_the_copy(net: nn.Module) -> None:

@@ -237,9 +237,14 @@ def check_same_function(model: nn.Module, traced: nn.Module, example_inputs: Ten
 def _outputs(model: nn.Module, example_inputs: Tensor, training: bool) -> list[Tensor]:
     candidate = copy.deepcopy(model).train(training)
     devices = [example_inputs.device] if example_inputs.is_cuda else []
-    with torch.random.fork_rng(devices), torch.no_grad():
-        torch.manual_seed(0)
-        return [leaf for leaf in tree_leaves(candidate(example_inputs)) if isinstance(leaf, Tensor)]
+    try:
+        with torch.random.fork_rng(devices), torch.no_grad():
+            torch.manual_seed(0)
+            return [leaf for leaf in tree_leaves(candidate(example_inputs)) if isinstance(leaf, Tensor)]
+    finally:
+        if isinstance(candidate, fx.GraphModule):
+            # Graph and module refer to each other, which would keep the copy's weights until the next garbage collection.
+            candidate.graph.owning_module = None
 
 
 def describe(node: fx.Node, modules: dict[str, nn.Module]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import os
 import sys
 from typing import Any
@@ -27,10 +26,8 @@ def keep_freed_memory() -> bool:
 def give_back_freed_memory() -> None:
     """Returns to the system what glibc's allocator holds and nobody uses: once, between stages that need different memory.
 
-    First collects what only references in a circle keep, such as the copies of a model that its tracing left. What is allocated
-    next is faulted in again. Returns nothing where :func:`keep_freed_memory` does nothing.
+    What is allocated next is faulted in again. Does nothing where :func:`keep_freed_memory` does nothing.
     """
-    gc.collect()
     trim = _function("malloc_trim")
     if trim is not None:
         trim(0)

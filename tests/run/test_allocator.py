@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import os
 import subprocess
 import sys
-import weakref
 
 import pytest
 
-from lowprec.run.allocator import VARIABLES, give_back_freed_memory
+from lowprec.run.allocator import VARIABLES
 
 FAULTS = """
 import ctypes, resource, sys
@@ -75,20 +73,3 @@ def test_holes_are_given_back() -> None:
     clean = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     done = subprocess.run([sys.executable, "-c", GIVEN_BACK], env=clean, capture_output=True, text=True, check=True)
     assert int(done.stdout) > 150
-
-
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library has no malloc_trim")
-def test_what_only_circles_of_references_keep_is_given_back() -> None:
-    class Node:
-        def __init__(self) -> None:
-            self.block = bytearray(1 << 16)
-            self.itself = self
-
-    gc.disable()
-    try:
-        gone = weakref.ref(Node())
-        assert gone() is not None
-        give_back_freed_memory()
-        assert gone() is None
-    finally:
-        gc.enable()
