@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from native_kernels import NATIVE
-from triton_interpreter import operators_only, running
 
+from lowprec.numerics import weight_integers
 from lowprec.numerics.fixed_point import MAXIMUM_EXPONENT, MINIMUM_EXPONENT
 from lowprec.numerics.weight_integers import integers_of_weight, weight_of_integers
 
@@ -16,13 +14,10 @@ SHAPES = [(7, 5, 3, 3), (300, 260), (1, 64, 1, 1), (64, 1, 3, 3), (3, 0)]
 
 
 @pytest.fixture(params=["operators", NATIVE])
-def place(request: pytest.FixtureRequest) -> Iterator[str]:
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "operators":
-        with operators_only():
-            yield request.param
-    else:
-        with running(request.param):
-            yield request.param
+        monkeypatch.setattr(weight_integers, "runs_native", lambda tensor: False)
+    return str(request.param)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
