@@ -264,14 +264,17 @@ class _Builder:
         self._replace(operation, self._free_name(operation, "flatten"), nn.Flatten(), self._source(operation))
 
     def _build_matmul(self, operation: Operation) -> None:
-        quantizer = ActivationQuantizer(signed=any(quantizer.signed for quantizer in self._sources(operation)))
-        self._replace(operation, self._free_name(operation, "matmul"), QuantizedMatmul(quantizer), quantizer)
+        left, right = self._sources(operation)
+        quantizer = ActivationQuantizer(signed=left.signed or right.signed)
+        module = QuantizedMatmul(quantizer, (left, right))
+        self._replace(operation, self._free_name(operation, "matmul"), module, quantizer)
 
     def _build_float(self, operation: Operation) -> None:
         function = operation.options["function"]
         quantizer = ActivationQuantizer(signed=not isinstance(function, nn.Softmax))
         name = self._free_name(operation, type(function).__name__.lower())
-        self._replace(operation, name, QuantizedFloatOperator(function, quantizer), quantizer)
+        module = QuantizedFloatOperator(function, self._source(operation), quantizer)
+        self._replace(operation, name, module, quantizer)
 
     def _build_constant(self, operation: Operation) -> None:
         node = operation.node

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.autograd.function import once_differentiable
 
 from lowprec.layers.activations import ActivationQuantizer
-from lowprec.layers.elementwise import QuantizedReLU
+from lowprec.layers.grids import keep_codes_in_attention, on_grid
 from lowprec.layers.linear import QuantizedConv2d, QuantizedLayer, QuantizedLinear
 from lowprec.numerics import kernels
 from lowprec.numerics.fixed_point import EXACT_DTYPES, power_of_two
@@ -30,7 +30,6 @@ from lowprec.numerics.weight_integers import integers_of_weight, weight_of_integ
 LEAST_MULTIPLICATIONS = 1 << 28
 LEAST_OF_AN_ELEMENT = 256
 GAIN_OF_VNNI = 4
-KEEPS_GRID = (nn.Flatten, nn.Identity, nn.MaxPool2d)
 
 
 def use_integer_kernels(qmodel: fx.GraphModule, enabled: bool = True) -> int:
@@ -38,8 +37,9 @@ def use_integer_kernels(qmodel: fx.GraphModule, enabled: bool = True) -> int:
 
     Where the processor's kernels are exact (found out by running them; for 8-bit weights they need VNNI) and the input is on its
     quantizer's grid in training too, which it is not behind a dropout; products that are too small to gain stay on float ones.
-    Returns the number of layers.
+    Attention's products and softmaxes keep bytes, as these layers do, see :func:`keep_codes_in_attention`. Returns the number of layers.
     """
+    keep_codes_in_attention(qmodel, enabled)
     count = 0
     for node in qmodel.graph.nodes:
         layer = qmodel.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -238,15 +238,3 @@ def _is_exact(layer: QuantizedConv2d | QuantizedLinear) -> bool:
     numbers = isinstance(layer.padding, tuple)
     # Depthwise kernels are no quicker than float ones.
     return numbers and layer.groups == 1 and kernels.convolves_exactly("dense", magnitude)
-
-
-def on_grid(qmodel: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a tensor is still on its quantizer's grid: a dropout drops, and scales up what is left."""
-    if node.op == "call_module":
-        module = qmodel.get_submodule(str(node.target))
-        if isinstance(module, ActivationQuantizer | QuantizedReLU) or getattr(module, "quantizer", None) is not None:
-            return True
-        keeps = isinstance(module, KEEPS_GRID) or (isinstance(module, nn.Dropout) and module.p == 0)
-        return keeps and on_grid(qmodel, node.all_input_nodes[0])
-    # What is called without a module moves numbers about.
-    return node.op != "placeholder" and all(on_grid(qmodel, used) for used in node.all_input_nodes)

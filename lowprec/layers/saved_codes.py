@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lowprec.layers.activations import ActivationQuantizer
-from lowprec.layers.attention import QuantizedFloatOperator
+from lowprec.layers.attention import QuantizedFloatOperator, QuantizedMatmul
 from lowprec.layers.elementwise import QuantizedReLU
 from lowprec.layers.lookup import QuantizedLookup
 from lowprec.numerics.fixed_point import EXACT_DTYPES
@@ -99,10 +99,10 @@ def saved_as_codes(model: nn.Module, enabled: bool = True) -> Iterator[None]:
     kinds = ActivationQuantizer | QuantizedReLU | QuantizedLookup
     quantizers = [module for module in model.modules() if isinstance(module, kinds)]
     handles = [module.register_forward_hook(note) for module in quantizers]
-    operators = [module for module in model.modules() if isinstance(module, QuantizedFloatOperator)]
-    before = [module.recomputes for module in operators]
+    operators = [module for module in model.modules() if isinstance(module, QuantizedMatmul | QuantizedFloatOperator)]
+    before = [module.keeps_codes for module in operators]
     for module in operators:
-        module.recomputes = True
+        module.keeps_codes = True
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield

@@ -14,7 +14,8 @@ from torch import Tensor, fx
 from torch.autograd.function import once_differentiable
 
 from lowprec.layers.activations import ActivationQuantizer
-from lowprec.layers.integer_product import on_grid, product_gradients
+from lowprec.layers.grids import on_grid
+from lowprec.layers.integer_product import product_gradients
 from lowprec.layers.linear import QuantizedConv2d, QuantizedLayer, QuantizedLinear
 from lowprec.numerics.fixed_point import EXACT_DTYPES
 from lowprec.numerics.memory import is_channels_last
