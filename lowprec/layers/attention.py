@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from lowprec.layers.activations import ActivationQuantizer
-from lowprec.layers.coded_operators import ProductOfCodes, SoftmaxOfCodes, can_keep_codes
+from lowprec.layers.autocast import dtype_of_products
+from lowprec.layers.coded_operators import FunctionOfCodes, ProductOfCodes, can_keep_codes
 from lowprec.numerics.fixed_point import EXACT_DTYPES
 
 
@@ -30,10 +30,10 @@ class QuantizedMatmul(nn.Module):
 
     def unquantized(self, left: Tensor, right: Tensor) -> Tensor:
         """The values that the quantizer rounds."""
-        if self.keeps_codes and left.shape[:-2] == right.shape[:-2] and left.dim() > 2:
-            kind = left.device.type
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else left.dtype
-            if dtype in EXACT_DTYPES and all(map(can_keep_codes, (left, right), self.sources)):
+        alike = left.dim() > 2 and left.shape[:-2] == right.shape[:-2] and left.dtype == right.dtype
+        if self.keeps_codes and alike and all(map(can_keep_codes, (left, right), self.sources)):
+            dtype = dtype_of_products(left)
+            if dtype in EXACT_DTYPES:
                 product: Tensor = ProductOfCodes.apply(left, right, *self.sources, dtype)
                 return product
         return left @ right
@@ -54,7 +54,7 @@ class QuantizedFloatOperator(nn.Module):
         self.function = function
         self.quantizer = quantizer
         self._source = (source,)  # in a tuple as above
-        # Whether a softmax's input, on the grid of its source, is kept for the backward pass as codes: see keep_codes_in_attention.
+        # Whether the input, on the grid of its source, is kept for the backward pass as codes: see keep_codes_in_attention.
         self.keeps_codes = False
 
     @property
@@ -68,9 +68,10 @@ class QuantizedFloatOperator(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """Any shape that the function takes; its values on the output's grid."""
-        if isinstance(self.function, nn.Softmax):
-            if self.keeps_codes and can_keep_codes(values, self.source):
-                result = SoftmaxOfCodes.apply(values, self.function.dim, self.source)
-                return self.quantizer(result, overwrite=True)
-            return self.quantizer(self.unquantized(values))  # it needs its result for the backward pass
-        return self.quantizer(self.unquantized(values), overwrite=True)
+        if self.keeps_codes and can_keep_codes(values, self.source):
+            parameters = self.function.parameters()
+            return self.quantizer(
+                FunctionOfCodes.apply(values, self.function, self.source, *parameters), overwrite=True
+            )
+        # A softmax needs its result for the backward pass.
+        return self.quantizer(self.unquantized(values), overwrite=not isinstance(self.function, nn.Softmax))

@@ -1,15 +1,17 @@
-"""Operators of two activations, or none with weights, that keep 8-bit codes for their backward pass and compute anew from them."""
+"""Products of activations, and float operators, that keep 8-bit codes for their backward pass: the values come back exactly."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lowprec.layers.activations import ActivationQuantizer
+from lowprec.layers.autocast import Autocast
 from lowprec.numerics.fixed_point import EXACT_DTYPES
+from lowprec.numerics.pools import converted, passing_like
 from lowprec.numerics.straight_through import codes_of_multiples, multiples_of_codes
 
 
@@ -37,51 +39,76 @@ class ProductOfCodes(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         ctx.shapes, ctx.dtypes, ctx.dtype = (left.shape, right.shape), (left.dtype, right.dtype), dtype
-        operands = [values.to(dtype).reshape(-1, *values.shape[-2:]) for values in (left, right)]
-        coded = [_Coded.of(values, source) for values, source in zip(operands, (left_source, right_source), strict=True)]
+        operands = [_batch(values.to(dtype)) for values in (left, right)]
+        coded = [
+            _Coded.of(values, source) for values, source in zip(operands, (left_source, right_source), strict=True)
+        ]
         ctx.offsets, ctx.turned = [one.offset for one in coded], [one.turned for one in coded]
         ctx.save_for_backward(*(tensor for one in coded for tensor in (one.codes, one.exponent)))
         # Not a view, so that the quantizer behind may use its memory.
-        return torch.ops.aten._unsafe_view(torch.bmm(*operands), [*left.shape[:-1], right.shape[-1]])
+        return torch.ops.aten._unsafe_view(_products(*operands), [*left.shape[:-1], right.shape[-1]])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         left, right = (_Coded(*parts) for parts in zip(saved[::2], saved[1::2], ctx.offsets, ctx.turned, strict=True))
-        gradient = gradient.reshape(-1, *gradient.shape[-2:])
+        gradient = _batch(gradient)
         of_left = of_right = None
         if ctx.needs_input_grad[0]:
-            of_left = torch.bmm(gradient, right.values(ctx.dtype).mT).view(ctx.shapes[0]).to(ctx.dtypes[0])
+            of_left = _gradient(gradient, right.values(ctx.dtype).mT, ctx.shapes[0], ctx.dtypes[0])
         if ctx.needs_input_grad[1]:
-            of_right = torch.bmm(left.values(ctx.dtype).mT, gradient).view(ctx.shapes[1]).to(ctx.dtypes[1])
+            of_right = _gradient(left.values(ctx.dtype).mT, gradient, ctx.shapes[1], ctx.dtypes[1])
         return of_left, of_right, None, None, None
 
 
-class SoftmaxOfCodes(torch.autograd.Function):
-    """A softmax that keeps codes of its input for the backward pass, and no result, which is on no grid.
+def _batch(values: Tensor) -> Tensor:
+    """[..., M, K] as [B, M, K], as ``@`` makes it: a copy where no view tells it."""
+    shape = (-1, *values.shape[-2:])
+    try:
+        return values.view(shape)
+    except RuntimeError:  # it is of no such strides
+        return passing_like(values, shape=values.shape).copy_(values).view(shape)
 
-    Equation: y = exp(x) / Σ exp(x) over one axis. Gradient: ∂L/∂x = y · (∂L/∂y − Σ y · ∂L/∂y), with y computed anew, by the
-    operators that PyTorch's autograd uses. x: on the grid of ``source``.
+
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    """[B, M, K] · [B, K, N]."""
+    return torch.bmm(left, right, out=passing_like(left, shape=(*left.shape[:-1], right.shape[-1])))
+
+
+def _gradient(left: Tensor, right: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    return converted(_products(left, right).view(shape), dtype, passing_like)
+
+
+class FunctionOfCodes(torch.autograd.Function):
+    """y = f(x), of which only codes of x are kept: neither x nor what ``f`` would keep, such as a softmax its result.
+
+    Gradient: that of ``f``, which is computed anew in the backward pass, by the same operators from the same values. x: any
+    shape, on the grid of ``source``. function: a module without randomness; parameters: all that it has.
     """
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, dim: int, source: ActivationQuantizer) -> Tensor:
+    def forward(
+        ctx: Any, values: Tensor, function: nn.Module, source: ActivationQuantizer, *parameters: Tensor
+    ) -> Tensor:
         codes = codes_of_multiples(values, source.exponent, source.int8_offset)
-        result = torch.softmax(values, dim)
-        ctx.save_for_backward(codes, source.exponent.clone())
-        ctx.dim, ctx.offset = dim, source.int8_offset
-        ctx.dtypes = values.dtype, result.dtype  # under autocast not the same
-        return result
+        ctx.save_for_backward(codes, source.exponent.clone(), *parameters)
+        ctx.function, ctx.dtype, ctx.offset = function, values.dtype, source.int8_offset
+        ctx.autocast = Autocast.now(values.device.type)
+        return function(values)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        codes, exponent = ctx.saved_tensors
-        of_input, of_result = ctx.dtypes
-        result = torch.softmax(multiples_of_codes(codes, exponent, ctx.offset, of_result), ctx.dim)
-        of_values = torch.ops.aten._softmax_backward_data.default(gradient, result, ctx.dim, of_result)
-        return of_values.to(of_input), None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        codes, exponent, *parameters = ctx.saved_tensors
+        values = multiples_of_codes(codes, exponent, ctx.offset, ctx.dtype).requires_grad_()
+        needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])
+        wanted = [tensor for tensor, needs in zip((values, *parameters), needed, strict=True) if needs]
+        with torch.enable_grad(), torch.autocast(*ctx.autocast):
+            result = ctx.function(values)
+        found = iter(torch.autograd.grad(result, wanted, gradient))
+        of_values, *of_parameters = (next(found) if needs else None for needs in needed)
+        return of_values, None, None, *of_parameters
 
 
 class _Coded(NamedTuple):

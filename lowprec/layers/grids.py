@@ -24,7 +24,11 @@ def on_grid(qmodel: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def keep_codes_in_attention(qmodel: fx.GraphModule, enabled: bool = True) -> None:
-    """Whether attention's products and softmaxes keep their inputs for the backward pass as 8-bit codes, where all are on grids."""
+    """Whether products of activations and float operators (softmax, layer norm) keep codes for the backward pass.
+
+    Instead of their inputs, a quarter of the memory in float32, where all lie on grids; float operators also compute anew what
+    else they would keep. Values and gradients are the same, bit by bit. It costs some percent of a step's time.
+    """
     for node in qmodel.graph.nodes:
         module = qmodel.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, QuantizedMatmul | QuantizedFloatOperator):

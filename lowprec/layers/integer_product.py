@@ -17,11 +17,13 @@ from torch import Tensor, fx
 from torch.autograd.function import once_differentiable
 
 from lowprec.layers.activations import ActivationQuantizer
+from lowprec.layers.autocast import dtype_of_products
 from lowprec.layers.grids import keep_codes_in_attention, on_grid
 from lowprec.layers.linear import QuantizedConv2d, QuantizedLayer, QuantizedLinear
 from lowprec.numerics import kernels
 from lowprec.numerics.fixed_point import EXACT_DTYPES, power_of_two
 from lowprec.numerics.memory import is_channels_last
+from lowprec.numerics.pools import converted, kept_like, passing_like
 from lowprec.numerics.straight_through import codes_of_multiples, multiples_of_codes
 from lowprec.numerics.weight_integers import integers_of_weight, weight_of_integers
 
@@ -37,7 +39,8 @@ def use_integer_kernels(qmodel: fx.GraphModule, enabled: bool = True) -> int:
 
     Where the processor's kernels are exact (found out by running them; for 8-bit weights they need VNNI) and the input is on its
     quantizer's grid in training too, which it is not behind a dropout; products that are too small to gain stay on float ones.
-    Attention's products and softmaxes keep bytes, as these layers do, see :func:`keep_codes_in_attention`. Returns the number of layers.
+    Attention keeps bytes for the backward pass, as these layers do: see :func:`keep_codes_in_attention`. Returns the number of
+    layers.
     """
     keep_codes_in_attention(qmodel, enabled)
     count = 0
@@ -69,8 +72,9 @@ def integer_product(
         return None
     if not _is_worth_it(layer, values.numel(), weight.numel() // values.shape[1 if convolves else -1]):
         return None
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else values.dtype
-    result: Tensor = _IntegerProduct.apply(values, weight, bias, source, exponent, _geometry(layer), dtype)
+    result: Tensor = _IntegerProduct.apply(
+        values, weight, bias, source, exponent, _geometry(layer), dtype_of_products(values)
+    )
     return result
 
 
@@ -167,17 +171,14 @@ class _IntegerProduct(torch.autograd.Function):
         ctx.offset = source.int8_offset - 128
         codes = codes_of_multiples(values, source.exponent, ctx.offset, torch.uint8)
         product = PackedProduct(weight, bias, source, exponent, geometry, dtype)
-        # Of values that are to be in the backward pass's bfloat16, bytes would save little, and leave larger holes in memory.
-        kept = values if values.dtype == dtype == torch.bfloat16 else codes
-        ctx.save_for_backward(kept, source.exponent.clone(), product.integers, exponent)
+        ctx.save_for_backward(codes, source.exponent.clone(), product.integers, exponent)
         return product(codes)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        values, input_exponent, integers, exponent = ctx.saved_tensors
-        if not values.is_floating_point():
-            values = multiples_of_codes(values, input_exponent, ctx.offset, ctx.dtype)
+        codes, input_exponent, integers, exponent = ctx.saved_tensors
+        values = multiples_of_codes(codes, input_exponent, ctx.offset, ctx.dtype)
         return product_gradients(ctx, gradient, values, weight_of_integers(integers, exponent, ctx.dtype))
 
 
@@ -192,9 +193,13 @@ def product_gradients(ctx: Any, gradient: Tensor, values: Tensor, weight: Tensor
         rows = gradient.reshape(-1, gradient.shape[-1])
         if needs_input:
             # Not a view, so that the quantizer behind may use its memory.
-            of_input = torch.ops.aten._unsafe_view(rows.mm(weight), values.shape)
+            of_input = torch.ops.aten._unsafe_view(
+                torch.mm(rows, weight, out=passing_like(rows, shape=(len(rows), weight.shape[1]))), values.shape
+            )
         if needs_weight:
-            of_weight = rows.t().mm(values.reshape(-1, values.shape[-1]))
+            empty = kept_like if rows.dtype == ctx.dtypes[1] else passing_like
+            of_weight = empty(rows, shape=(rows.shape[1], values.shape[-1]))
+            torch.mm(rows.t(), values.reshape(-1, values.shape[-1]), out=of_weight)
         if needs_bias:
             of_bias = rows.sum(0)
     else:
@@ -209,8 +214,8 @@ def product_gradients(ctx: Any, gradient: Tensor, values: Tensor, weight: Tensor
             1,
             [needs_input, needs_weight, needs_bias],
         )
-    of_input = None if of_input is None else of_input.to(ctx.dtypes[0])
-    of_weight = None if of_weight is None else of_weight.to(ctx.dtypes[1])
+    of_input = None if of_input is None else converted(of_input, ctx.dtypes[0], passing_like)
+    of_weight = None if of_weight is None else converted(of_weight, ctx.dtypes[1], kept_like)
     of_bias = None if of_bias is None else of_bias.float()
     return of_input, of_weight, of_bias, None, None, None, None
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lowprec.layers.activations import ActivationQuantizer, activate
+from lowprec.layers.normalization import normalize
 from lowprec.layers.weights import FoldedWeights, WeightQuantizer, bias_exponent_floor
 from lowprec.numerics.fixed_point import MINIMUM_EXPONENT, dequantize, quantize_to_grid
 from lowprec.recipe import WeightScheme
@@ -214,7 +215,7 @@ class QuantizedLayer(nn.Module, ABC):
         return self.operate(values, weight, bias) if result is None else result
 
     def _normalize(self, values: Tensor) -> Tensor:
-        return values if self.norm is None else self.norm(values)
+        return values if self.norm is None else normalize(self.norm, values)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}" if self.activation else ""

@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lowprec.layers.activations import ActivationQuantizer
 from lowprec.layers.attention import QuantizedFloatOperator, QuantizedMatmul
 from lowprec.layers.elementwise import QuantizedReLU
+from lowprec.layers.grids import keep_codes_in_attention
 from lowprec.layers.lookup import QuantizedLookup
 from lowprec.numerics.fixed_point import EXACT_DTYPES
 from lowprec.numerics.straight_through import codes_of_multiples, multiples_of_codes
@@ -66,10 +67,9 @@ def saved_as_codes(model: nn.Module, enabled: bool = True) -> Iterator[None]:
     """Within it, whatever ``model``'s forward pass keeps of quantized activations for the backward pass is kept as 8-bit codes.
 
     The gradients are the same, bit by bit: a quantized activation is code · 2^e, which its code gives back exactly. A tensor
-    that several operators keep is coded once. A softmax keeps its input so, and computes its result again. What is not on a
-    quantizer's grid (a batch norm's input, the copy that a product makes of a transposed operand) is kept as it is, as is what
-    was changed in place after its quantizer. Not for compiled models, nor around torch.utils.checkpoint, which computes again
-    when this is over.
+    that several operators keep is coded once; attention's operators see to theirs (:func:`keep_codes_in_attention`). What is not
+    on a quantizer's grid (a batch norm's input) is kept as it is, as is what was changed in place after its quantizer. Not for
+    compiled models, nor around torch.utils.checkpoint, which computes again when this is over.
 
     model: a prepared one (:func:`lowprec.prepare`), calibrated. enabled: False does nothing.
     """
@@ -101,13 +101,13 @@ def saved_as_codes(model: nn.Module, enabled: bool = True) -> Iterator[None]:
     handles = [module.register_forward_hook(note) for module in quantizers]
     operators = [module for module in model.modules() if isinstance(module, QuantizedMatmul | QuantizedFloatOperator)]
     before = [module.keeps_codes for module in operators]
-    for module in operators:
-        module.keeps_codes = True
+    if isinstance(model, fx.GraphModule):
+        keep_codes_in_attention(model)
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield
     finally:
-        for module, recomputes in zip(operators, before, strict=True):
-            module.recomputes = recomputes
+        for module, keeps_codes in zip(operators, before, strict=True):
+            module.keeps_codes = keeps_codes
         for handle in handles:
             handle.remove()

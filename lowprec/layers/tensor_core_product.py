@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from torch.autograd.function import once_differentiable
 
 from lowprec.layers.activations import ActivationQuantizer
+from lowprec.layers.autocast import dtype_of_products
 from lowprec.layers.grids import on_grid
 from lowprec.layers.integer_product import product_gradients
 from lowprec.layers.linear import QuantizedConv2d, QuantizedLayer, QuantizedLinear
@@ -52,8 +53,7 @@ def tensor_core_product(
     # A matrix of positions is a view of channels-last images alone.
     if isinstance(layer, QuantizedConv2d) and not (is_channels_last(values) or values.shape[2:].numel() == 1):
         return None
-    kind = values.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else values.dtype
+    dtype = dtype_of_products(values)
     if not {dtype, values.dtype} <= set(EXACT_DTYPES):
         return None
     geometry = (layer.stride, layer.padding, layer.dilation) if isinstance(layer, QuantizedConv2d) else None

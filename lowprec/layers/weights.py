@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lowprec.layers.autocast import dtype_of_products
 from lowprec.numerics import native_weights
 from lowprec.numerics.clusters import ClusterLayout
 from lowprec.numerics.effective_codes import channel_exponents, effective_codes, mantissas
@@ -243,15 +244,8 @@ class WeightQuantizer(nn.Module):
 
 def _dtype_of_products(weight: Tensor) -> torch.dtype:
     """That of ``weight``, or where autocast would round it to bfloat16, bfloat16, which saves a copy for each layer."""
-    kind = weight.device.type
-    if (
-        weight.dtype != torch.float32
-        or not torch.amp.is_autocast_available(kind)
-        or not torch.is_autocast_enabled(kind)
-    ):
-        return weight.dtype
-    dtype = torch.get_autocast_dtype(kind)
-    return dtype if dtype == torch.bfloat16 else weight.dtype
+    dtype = dtype_of_products(weight)
+    return dtype if weight.dtype == torch.float32 and dtype == torch.bfloat16 else weight.dtype
 
 
 def bias_exponent_floor(bias: Tensor, input_exponent: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lowprec.numerics.fixed_point import power_of_two
 from lowprec.numerics.native.library import is_built, library
+from lowprec.numerics.pools import kept_like
 
 NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 
@@ -33,7 +34,7 @@ def quantize_activation(
 ) -> Tensor | None:
     """As :func:`lowprec.numerics.triton_activations.quantize_activation`."""
     size = values.numel()
-    mask = torch.empty(-(-size // 8) if masked else 0, dtype=torch.uint8)
+    mask = kept_like(values, torch.uint8, (-(-size // 8),)) if masked else None
     unit = float(power_of_two(exponent))
     low, high, least, most = (end * unit for end in ends)
     precision = torch.finfo(values.dtype)
@@ -46,9 +47,9 @@ def quantize_activation(
     function = getattr(library(), f"quantize_{NAMES[values.dtype]}")
     function(
         *(values.data_ptr(), None if addend is None else addend.data_ptr(), out.data_ptr()),
-        *(mask.data_ptr() if masked else None, size, multiple, low, high, least, most),
+        *(None if mask is None else mask.data_ptr(), size, multiple, low, high, least, most),
     )
-    return mask if masked else None
+    return mask
 
 
 def gradient_within(gradient: Tensor, mask: Tensor, out: Tensor) -> None:
@@ -77,7 +78,7 @@ def look_up(values: Tensor, exponent: Tensor, low: int, table: Tensor, out: Tens
     None where a value is not on the grid, or its code not one of low … low + 255; ``out`` is of no use then. values: dense;
     out: of their dtype and strides. table: [256], float32, what ``out`` holds exactly.
     """
-    places = torch.empty_like(values, dtype=torch.uint8)
+    places = kept_like(values, torch.uint8)
     function = getattr(library(), f"look_up_{NAMES[values.dtype]}")
     inverse = float(power_of_two(-exponent))
     lost = function(

@@ -13,6 +13,7 @@ from lowprec.numerics.clusters import ClusterLayout, with_positions
 from lowprec.numerics.effective_codes import CODE_SHIFT, MANTISSA_LIMIT
 from lowprec.numerics.memory import is_dense
 from lowprec.numerics.native.library import Sizes, Strides, library
+from lowprec.numerics.pools import kept_like
 
 
 def descend(weight: Tensor, scale: Tensor, threshold: Tensor | None, layout: ClusterLayout) -> None:
@@ -56,7 +57,7 @@ def quantize_eight_bit(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tens
 
 def integers_of_weights(weight: Tensor, exponent: Tensor) -> Tensor:
     """weight / 2^exponent as int8, float32 or bfloat16 [O, …] whose output channels lie one after the other; exponent: [O]."""
-    integers = torch.empty_like(weight, dtype=torch.int8)
+    integers = kept_like(weight, torch.int8)
     library().integers_of_weights(
         *(weight.data_ptr(), integers.data_ptr(), exponent.data_ptr()),
         *(len(weight), weight[0].numel(), weight.dtype == torch.bfloat16),

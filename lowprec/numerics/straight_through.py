@@ -15,6 +15,7 @@ from lowprec.numerics import native_activations
 from lowprec.numerics.fixed_point import CodeRange, power_of_two, round_to_multiples
 from lowprec.numerics.memory import holders, holders_of_unshared, in_memory_order, is_dense
 from lowprec.numerics.native_activations import runs_native
+from lowprec.numerics.pools import kept_like, passing_like
 from lowprec.numerics.triton_kernels import runs_triton
 
 # Elements of a block for each thread: several passes over one find it in the processor's cache.
@@ -78,9 +79,9 @@ class StraightThroughActivation(torch.autograd.Function):
             overwrite = True  # what was made of the values is nobody else's
         elif overwrite:
             ctx.mark_dirty(values)
-        result = values if overwrite else torch.empty_like(values)
-        ctx.strides = values.stride()
         needs_mask = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        result = values if overwrite else passing_like(values) if needs_mask else torch.empty_like(values)
+        ctx.strides = values.stride()
         if kernels is not None:
             ends = Ends.of(low, high, values.dtype)
             mask = kernels.quantize_activation(values, addend, exponent, ends, activation, result, needs_mask)
@@ -105,7 +106,7 @@ class StraightThroughActivation(torch.autograd.Function):
             gradient = torch.empty_strided(
                 gradient.shape, ctx.strides, dtype=gradient.dtype, device=gradient.device
             ).copy_(gradient)
-        passed = gradient if unshared else torch.empty_like(gradient)
+        passed = gradient if unshared else passing_like(gradient)
         if ctx.kernels is not None:
             ctx.kernels.gradient_within(gradient, masks[0], passed)
             return _of_inputs(ctx, passed)
@@ -173,7 +174,7 @@ def codes_of_multiples(values: Tensor, exponent: Tensor, offset: int, dtype: tor
     dtype: int8, or uint8 with an offset that leaves 0 … 255.
     """
     values = values if is_dense(values) else values.contiguous()
-    codes = torch.empty_like(values, dtype=dtype)
+    codes = kept_like(values, dtype)
     kernels = _kernels(values)
     if kernels is not None:
         kernels.write_codes(values, exponent, offset, codes)
@@ -187,7 +188,7 @@ def codes_of_multiples(values: Tensor, exponent: Tensor, offset: int, dtype: tor
 
 def multiples_of_codes(codes: Tensor, exponent: Tensor, offset: int, dtype: torch.dtype) -> Tensor:
     """(codes + offset) · 2^exponent in ``dtype``, which holds each exactly; shape and strides of the ``codes``, int8 or uint8."""
-    values = torch.empty_like(codes, dtype=dtype)
+    values = passing_like(codes, dtype) if is_dense(codes) else torch.empty_like(codes, dtype=dtype)
     kernels = _kernels(values)
     if kernels is not None and is_dense(codes):
         kernels.write_values(codes, exponent, offset, values)

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from lowprec.numerics import native_activations
 from lowprec.numerics.memory import holders, holders_of_unshared, is_dense
 from lowprec.numerics.native_activations import runs_native
+from lowprec.numerics.pools import passing_like
 
 
 def look_up(values: Tensor, exponent: Tensor, low: int, table: Tensor, slopes: Tensor | None = None) -> Tensor | None:
@@ -22,7 +23,7 @@ def look_up(values: Tensor, exponent: Tensor, low: int, table: Tensor, slopes: T
     """
     if not runs_native(values) or not is_dense(values):
         return None
-    result = torch.empty_like(values)
+    result = passing_like(values) if slopes is not None else torch.empty_like(values)
     places = native_activations.look_up(values, exponent, low, table, result)
     if places is None or slopes is None:
         return None if places is None else result
@@ -52,6 +53,6 @@ class StraightThroughLookup(torch.autograd.Function):
         if gradient.stride() != ctx.strides:
             unshared = True
             gradient = torch.empty_strided(gradient.shape, ctx.strides, dtype=gradient.dtype).copy_(gradient)
-        passed = gradient if unshared else torch.empty_like(gradient)
+        passed = gradient if unshared else passing_like(gradient)
         native_activations.times_slopes(gradient, places, slopes, passed)
         return passed, None, None, None

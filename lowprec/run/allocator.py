@@ -7,6 +7,8 @@ import os
 import sys
 from typing import Any
 
+from lowprec.numerics import pools
+
 # glibc's names and numbers, of malloc.h. Whoever sets one of these has thought about it.
 VARIABLES = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -28,6 +30,7 @@ def give_back_freed_memory() -> None:
 
     What is allocated next is faulted in again. Does nothing where :func:`keep_freed_memory` does nothing.
     """
+    pools.release()
     trim = _function("malloc_trim")
     if trim is not None:
         trim(0)
