@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,7 @@ from lowprec.layers import (
     QuantizedUpsample,
     quantized_layers,
 )
+from lowprec.numerics import pools
 from lowprec.recipe import LayerAssignment, LayerTraits, Recipe, WeightScheme
 
 log = logging.getLogger(__name__)
@@ -92,6 +94,8 @@ def prepare(model: nn.Module, recipe: Recipe | str | Path, example_inputs: Tenso
     if faults:
         raise unsupported_error(traced, faults)
     _check_rewritten(original, traced, example_inputs)
+    # Memory that its training steps have used stays for the next ones as long as it lives.
+    weakref.finalize(traced, pools.release).atexit = False
     return traced
 
 

@@ -15,6 +15,7 @@ from lowprec.calibrate import calibrate
 from lowprec.graph.planning import UnsupportedModelError
 from lowprec.graph.tracing import TracingError, check_same_function, trace
 from lowprec.layers import ActivationQuantizer, QuantizedLayer, QuantizedReLU, quantized_layers
+from lowprec.numerics import pools
 from lowprec.prepare import describe_assignment, full_precision, prepare
 from lowprec.recipe import Recipe, RecipeError, Rule, WeightScheme
 
@@ -111,6 +112,21 @@ def test_no_copy_of_the_weights_waits_for_a_garbage_collection(net: nn.Module) -
         assert weights() == before + sum(parameter.shape == shape for parameter in qmodel.parameters())
     finally:
         gc.enable()
+
+
+def test_memory_of_training_steps_goes_with_the_model(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = pools._Pool()
+    monkeypatch.setattr(pools, "_pool", pool)
+    images = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    qmodel = prepare(net, "w2a8_n4", images)
+    calibrate(qmodel, [images])
+    qmodel.train()(images).sum().backward()
+    assert pool.passing
+    qmodel.zero_grad()
+    del qmodel
+    gc.collect()
+    assert not pool.passing
+    assert not pool.kept
 
 
 def test_deepcopy_keeps_the_references_within_the_copy(net: nn.Module) -> None:

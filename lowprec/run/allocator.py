@@ -26,9 +26,10 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_freed_memory() -> None:
-    """Returns to the system what glibc's allocator holds and nobody uses: once, between stages that need different memory.
+    """Returns to the system what is held and nobody uses: once, between stages that need different memory.
 
-    What is allocated next is faulted in again. Does nothing where :func:`keep_freed_memory` does nothing.
+    That of training steps (:mod:`lowprec.numerics.pools`) and of glibc's allocator, of the latter nothing where
+    :func:`keep_freed_memory` does nothing. What is allocated next is faulted in again.
     """
     pools.release()
     trim = _function("malloc_trim")

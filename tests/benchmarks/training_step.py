@@ -7,8 +7,8 @@ cross-entropy, backward pass and SGD with momentum; lowprec's scales follow the 
 integer kernels that a run has by default, "codes kept" is trainer.keep_codes=true, "tensor cores", on a GPU,
 trainer.tensor_cores=true, "compiled" is trainer.compile=true, which takes minutes to compile a model of this size (--only
 'lowprec*n4' leaves it out). The candidates take turns in one process, so that what else runs on the machine slows all alike; the
-time is the median over rounds of the ratio to the plain step of the same round and precision. Peak memory is that of a process of
-its own for each (of the device on a GPU).
+time is the median over rounds of the ratio to the plain step of the same round and precision. Peak memory is the median of three
+processes of its own for each (one on a GPU, whose device's it is there).
 Where times are taken, freed memory stays with the process, as in a run of train.py.
 Others' quantizers are the optional extra "peers"; a line says where one is not installed or fails.
 """
@@ -46,6 +46,8 @@ PLAIN = "plain"
 RECIPES = ("w2a8_n4", "w2a8_n64", "w4a8_n4")
 WARM_UP = 4  # until no step needs memory that the process does not have yet
 STEPS_FOR_MEMORY = 3
+# An allocator's holes depend on chance: some percent of a process's memory.
+PROCESSES_FOR_MEMORY = 1 if torch.cuda.is_available() else 3
 MEBIBYTE = 1 << 20
 
 
@@ -196,16 +198,19 @@ def print_memory(candidate: str, model: str, batch: int, side: int, precision: s
 
 
 def memory_of(candidate: str, arguments: Sequence[str]) -> float:
-    """The same, measured in a process of its own.
+    """The same, the median of some processes.
 
     Raises:
-        RuntimeError: that process failed.
+        RuntimeError: one of them failed.
     """
     command = [sys.executable, __file__, *arguments, "--memory-of", candidate]
-    finished = subprocess.run(command, capture_output=True, text=True)
-    if finished.returncode != 0:
-        raise RuntimeError(" ".join(finished.stderr.strip().splitlines()[-1:]))
-    return float(finished.stdout.splitlines()[-1])
+    peaks = []
+    for _ in range(PROCESSES_FOR_MEMORY):
+        finished = subprocess.run(command, capture_output=True, text=True)
+        if finished.returncode != 0:
+            raise RuntimeError(" ".join(finished.stderr.strip().splitlines()[-1:]))
+        peaks.append(float(finished.stdout.splitlines()[-1]))
+    return statistics.median(peaks)
 
 
 def measure(model: str, precision: str, names: Sequence[str], given: argparse.Namespace) -> list[str]:

@@ -72,7 +72,7 @@ def held(kept: list[Any]) -> int:
     return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
-@pytest.mark.parametrize(("name", "most"), [("resnet", 0.7), ("mobilenet", 0.7), ("transformer", 0.42)])
+@pytest.mark.parametrize(("name", "most"), [("resnet", 0.7), ("mobilenet", 0.7), ("transformer", 0.36)])
 def test_less_is_kept(name: str, most: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a convolution's memory the codes take a quarter; what its batch norm keeps stays as it is, as do bytes of a lookup."""
     batch = torch.cat([BATCH] * 8)  # so many that weights hardly count
@@ -87,7 +87,7 @@ def test_less_is_kept(name: str, most: float, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.autograd.graph, "saved_tensors_hooks", watched)
     with saved_as_codes(qmodel):
         qmodel(batch)
-    assert len(kept[True]) == len(kept[False])
+    assert len(kept[True]) >= len(kept[False]) > 10  # attention keeps exponents, too
     assert held(kept[True]) < most * held(kept[False])
 
 

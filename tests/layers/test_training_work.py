@@ -20,10 +20,12 @@ from lowprec.numerics import straight_through
 
 BATCH = images(1, 32, (1, 28, 28))
 LAYERS = 10
+# What only says where a tensor's memory is.
+MEMORY = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::set_")
 
 
 class Work(TorchDispatchMode):
-    """Counts calls of operators that compute, and the bytes of their results."""
+    """Counts calls of operators that compute, and the bytes of results and of memory for kernels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,8 +38,10 @@ class Work(TorchDispatchMode):
         results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         is_view = any(leaf.data_ptr() in given for leaf in results) and not function._schema.is_mutable
         if not is_view:
-            self.calls += 1
-            self.bytes += sum(leaf.nbytes for leaf in results)
+            self.calls += function._schema.name not in MEMORY
+            # Of an operator that writes where it is told to, the memory has been counted.
+            told = any(argument.is_out for argument in function._schema.arguments)
+            self.bytes += 0 if told else sum(leaf.nbytes for leaf in results)
         return result
 
 
@@ -58,7 +62,7 @@ def model() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "calls", "written"), [("w2a8_n4", 100, 2.17), ("w4a8_n4", 97, 2.18), ("w8a8", 110, 2.24)]
+    ("recipe", "calls", "written"), [("w2a8_n4", 99, 2.17), ("w4a8_n4", 95, 2.18), ("w8a8", 108, 2.24)]
 )
 def test_a_step_on_operators_does_no_more_than_it_did(
     recipe: str, calls: int, written: float, model: nn.Module, monkeypatch: pytest.MonkeyPatch
@@ -73,13 +77,13 @@ def test_a_step_on_operators_does_no_more_than_it_did(
 @pytest.mark.parametrize("recipe", ["w2a8_n4", "w4a8_n4", "w8a8"])
 def test_a_step_on_kernels_does_no_more_than_it_did(recipe: str, model: nn.Module) -> None:
     """What the kernels write, in memory that is there, is not counted."""
-    check(recipe, calls=8, written=0.9, model=model)
+    check(recipe, calls=3.1, written=0.9, model=model)
 
 
 def check(recipe: str, calls: int, written: float, model: nn.Module) -> None:
     qmodel = lowprec.prepare(model, recipe, BATCH[:2])
     lowprec.calibrate(qmodel, [BATCH])
     plain, quantized = work(copy.deepcopy(model)), work(qmodel)
-    assert plain.calls > 80
+    assert plain.calls > 70
     assert (quantized.calls - plain.calls) / LAYERS < calls
     assert quantized.bytes / plain.bytes < written

@@ -8,8 +8,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from lowprec.run.allocator import VARIABLES
+from lowprec.numerics import pools
+from lowprec.run.allocator import VARIABLES, give_back_freed_memory
 
 FAULTS = """
 import ctypes, resource, sys
@@ -73,3 +75,13 @@ def test_holes_are_given_back() -> None:
     clean = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     done = subprocess.run([sys.executable, "-c", GIVEN_BACK], env=clean, capture_output=True, text=True, check=True)
     assert int(done.stdout) > 150
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no such memory elsewhere")
+def test_idle_memory_of_training_steps_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = pools._Pool()
+    monkeypatch.setattr(pools, "_pool", pool)
+    held = pools.kept_like(torch.empty(1 << 20))
+    pools.passing_like(held)
+    give_back_freed_memory()
+    assert (len(pool.kept), len(pool.passing)) == (1, 0)
