@@ -20,8 +20,8 @@ class QuantizedMatmul(nn.Module):
         self.quantizer = quantizer
         # In a tuple, so that the producers' quantizers are referred to and not registered a second time.
         self._sources = sources
-        # Whether the inputs, on the grids of their sources, are kept for the backward pass as codes: see keep_codes_in_attention.
-        self.keeps_codes = False
+        # Kinds of devices where inputs are kept for the backward pass as codes: see keep_codes_in_attention.
+        self.keeps_codes_on: frozenset[str] = frozenset()
 
     @property
     def sources(self) -> tuple[ActivationQuantizer, ActivationQuantizer]:
@@ -30,10 +30,10 @@ class QuantizedMatmul(nn.Module):
 
     def unquantized(self, left: Tensor, right: Tensor) -> Tensor:
         """The values that the quantizer rounds."""
-        alike = left.dim() > 2 and left.shape[:-2] == right.shape[:-2] and left.dtype == right.dtype
-        if self.keeps_codes and alike and all(map(can_keep_codes, (left, right), self.sources)):
+        if left.device.type in self.keeps_codes_on and all(map(can_keep_codes, (left, right), self.sources)):
             dtype = dtype_of_products(left)
-            if dtype in EXACT_DTYPES:
+            alike = left.dim() > 2 and left.shape[:-2] == right.shape[:-2] and left.dtype == right.dtype
+            if alike and dtype in EXACT_DTYPES:
                 product: Tensor = ProductOfCodes.apply(left, right, *self.sources, dtype)
                 return product
         return left @ right
@@ -54,8 +54,8 @@ class QuantizedFloatOperator(nn.Module):
         self.function = function
         self.quantizer = quantizer
         self._source = (source,)  # in a tuple as above
-        # Whether the input, on the grid of its source, is kept for the backward pass as codes: see keep_codes_in_attention.
-        self.keeps_codes = False
+        # Kinds of devices where the input is kept for the backward pass as codes: see keep_codes_in_attention.
+        self.keeps_codes_on: frozenset[str] = frozenset()
 
     @property
     def source(self) -> ActivationQuantizer:
@@ -68,7 +68,7 @@ class QuantizedFloatOperator(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """Any shape that the function takes; its values on the output's grid."""
-        if self.keeps_codes and can_keep_codes(values, self.source):
+        if values.device.type in self.keeps_codes_on and can_keep_codes(values, self.source):
             parameters = self.function.parameters()
             return self.quantizer(
                 FunctionOfCodes.apply(values, self.function, self.source, *parameters), overwrite=True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import fx, nn
 
 from lowprec.layers.activations import ActivationQuantizer
@@ -23,13 +25,16 @@ def on_grid(qmodel: fx.GraphModule, node: fx.Node) -> bool:
     return node.op != "placeholder" and all(on_grid(qmodel, used) for used in node.all_input_nodes)
 
 
-def keep_codes_in_attention(qmodel: fx.GraphModule, enabled: bool = True) -> None:
-    """Whether products of activations and float operators (softmax, layer norm) keep codes for the backward pass.
+def keep_codes_in_attention(qmodel: fx.GraphModule, devices: Iterable[str]) -> None:
+    """On which kinds of devices products of activations and float operators (softmax, layer norm) keep 8-bit codes.
 
-    Instead of their inputs, a quarter of the memory in float32, where all lie on grids; float operators also compute anew what
-    else they would keep. Values and gradients are the same, bit by bit. It costs some percent of a step's time.
+    For the backward pass, instead of their inputs, a quarter of the memory in float32, where all lie on grids; float operators
+    also compute anew what else they would keep. Values and gradients are the same, bit by bit. It costs some percent of a step's
+    time. devices: such as "cpu"; elsewhere all is kept as it is.
     """
+    kinds = frozenset(devices)
     for node in qmodel.graph.nodes:
         module = qmodel.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, QuantizedMatmul | QuantizedFloatOperator):
-            module.keeps_codes = enabled and all(on_grid(qmodel, used) for used in node.all_input_nodes)
+            able = all(on_grid(qmodel, used) for used in node.all_input_nodes)
+            module.keeps_codes_on = kinds if able else frozenset()

@@ -42,7 +42,7 @@ def use_integer_kernels(qmodel: fx.GraphModule, enabled: bool = True) -> int:
     Attention keeps bytes for the backward pass, as these layers do: see :func:`keep_codes_in_attention`. Returns the number of
     layers.
     """
-    keep_codes_in_attention(qmodel, enabled)
+    keep_codes_in_attention(qmodel, ("cpu",) if enabled else ())
     count = 0
     for node in qmodel.graph.nodes:
         layer = qmodel.get_submodule(str(node.target)) if node.op == "call_module" else None

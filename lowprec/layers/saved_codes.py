@@ -100,14 +100,14 @@ def saved_as_codes(model: nn.Module, enabled: bool = True) -> Iterator[None]:
     quantizers = [module for module in model.modules() if isinstance(module, kinds)]
     handles = [module.register_forward_hook(note) for module in quantizers]
     operators = [module for module in model.modules() if isinstance(module, QuantizedMatmul | QuantizedFloatOperator)]
-    before = [module.keeps_codes for module in operators]
+    before = [module.keeps_codes_on for module in operators]
     if isinstance(model, fx.GraphModule):
-        keep_codes_in_attention(model)
+        keep_codes_in_attention(model, {parameter.device.type for parameter in model.parameters()})
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield
     finally:
-        for module, keeps_codes in zip(operators, before, strict=True):
-            module.keeps_codes = keeps_codes
+        for module, devices in zip(operators, before, strict=True):
+            module.keeps_codes_on = devices
         for handle in handles:
             handle.remove()

@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from lowprec.numerics.memory import is_dense
+
 # Bytes: of a block that tensors share, and the least that comes from here for a short time.
 PIECE = 1 << 25
 LEAST = 1 << 16
@@ -137,18 +139,30 @@ def _place(
     shape: Sequence[int] | None,
 ) -> Tensor:
     dtype = values.dtype if dtype is None else dtype
-    plain = values.device.type == "cpu" and type(values) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
-    if not plain or sys.platform != "linux":
+    count = values.numel() if shape is None else math.prod(shape)
+    size = count * dtype.itemsize
+    flat = _found(find, size, dtype, count) if size >= least and _takes(values, shape) else None
+    if flat is None:
         return torch.empty_like(values, dtype=dtype) if shape is None else values.new_empty(shape, dtype=dtype)
     if shape is None:
         shape, strides = values.shape, values.stride()
     else:
         strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-    count = math.prod(shape)
-    size = count * dtype.itemsize
-    if size < least:
-        return torch.empty_strided(shape, strides, dtype=dtype)
-    block, first = find(size)
-    flat = torch.frombuffer(block.memory, dtype=dtype, count=count, offset=first)
     # Not a view: operators may write into it, and the memory is known as this tensor's alone.
     return torch.empty(0, dtype=dtype).set_(flat.untyped_storage(), 0, shape, strides)
+
+
+def _takes(values: Tensor, shape: Sequence[int] | None) -> bool:
+    """Whether such a tensor lies in this memory: what is compiled or traced makes up its own mind."""
+    plain = values.device.type == "cpu" and type(values) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
+    return plain and sys.platform == "linux" and (shape is not None or is_dense(values))
+
+
+def _found(find: Callable[[int], tuple[_Block, int]], size: int, dtype: torch.dtype, count: int) -> Tensor | None:
+    """The elements of a place, or None where the system has no more memory, which PyTorch then says in its own words."""
+    with _pool.lock:  # until a tensor holds the block, another thread would find it idle
+        try:
+            block, first = find(size)
+        except OSError:
+            return None
+        return torch.frombuffer(block.memory, dtype=dtype, count=count, offset=first)

@@ -188,7 +188,7 @@ def codes_of_multiples(values: Tensor, exponent: Tensor, offset: int, dtype: tor
 
 def multiples_of_codes(codes: Tensor, exponent: Tensor, offset: int, dtype: torch.dtype) -> Tensor:
     """(codes + offset) · 2^exponent in ``dtype``, which holds each exactly; shape and strides of the ``codes``, int8 or uint8."""
-    values = passing_like(codes, dtype) if is_dense(codes) else torch.empty_like(codes, dtype=dtype)
+    values = passing_like(codes, dtype)
     kernels = _kernels(values)
     if kernels is not None and is_dense(codes):
         kernels.write_values(codes, exponent, offset, values)

@@ -21,7 +21,7 @@ def integers_of_weight(weight: Tensor, exponent: Tensor) -> Tensor:
 
 def weight_of_integers(integers: Tensor, exponent: Tensor, dtype: torch.dtype) -> Tensor:
     """integers · 2^exponent in ``dtype``, which holds each exactly; shape and strides of the ``integers`` [O, …], int8."""
-    weight = passing_like(integers, dtype) if is_dense(integers) else torch.empty_like(integers, dtype=dtype)
+    weight = passing_like(integers, dtype)
     if _by_channel(integers) and runs_native(weight):
         native_weights.weights_of_integers(integers, exponent, weight)
         return weight

@@ -13,9 +13,12 @@ from torch import Tensor, fx, nn
 import lowprec
 from lowprec.layers import ActivationQuantizer, QuantizedFloatOperator, QuantizedMatmul
 from lowprec.layers.grids import keep_codes_in_attention
+from lowprec.layers.integer_product import use_integer_kernels
+from lowprec.layers.saved_codes import saved_as_codes
 
 BATCH = images(1, 8, (3, 8, 8))
 KINDS = (QuantizedFloatOperator, QuantizedMatmul)
+CPU, NOWHERE = frozenset({"cpu"}), frozenset[str]()
 
 
 def quantizer(exponent: int, signed: bool = True) -> ActivationQuantizer:
@@ -54,8 +57,8 @@ def trained(qmodel: nn.Module, dtype: torch.dtype) -> list[Tensor]:
 def test_a_network_is_equal(width: int, dtype: torch.dtype) -> None:
     plain = of_attention(width)
     coded = copy.deepcopy(plain)
-    keep_codes_in_attention(coded)
-    assert sum(module.keeps_codes for module in coded.modules() if isinstance(module, KINDS)) == 5
+    keep_codes_in_attention(coded, ["cpu"])
+    assert [module.keeps_codes_on for module in coded.modules() if isinstance(module, KINDS)] == 5 * [CPU]
     expected, found = trained(plain, dtype), trained(coded, dtype)
     assert len(found) > 20
     for one, other in zip(expected, found, strict=True):
@@ -63,15 +66,26 @@ def test_a_network_is_equal(width: int, dtype: torch.dtype) -> None:
         assert torch.equal(one, other)
 
 
+def test_integer_kernels_keep_codes_on_a_cpu_alone_and_the_option_wherever_the_model_is() -> None:
+    qmodel = of_attention()
+    operators = [module for module in qmodel.modules() if isinstance(module, KINDS)]
+    use_integer_kernels(qmodel)
+    assert {module.keeps_codes_on for module in operators} == {CPU}
+    with saved_as_codes(qmodel.to("meta")):
+        assert {module.keeps_codes_on for module in operators} == {frozenset({"meta"})}
+    use_integer_kernels(qmodel, False)
+    assert {module.keeps_codes_on for module in operators} == {NOWHERE}
+
+
 def test_behind_a_dropout_values_are_kept() -> None:
     qmodel = of_attention(dropout=0.5)
-    keep_codes_in_attention(qmodel)
+    keep_codes_in_attention(qmodel, ["cpu"])
     kept = {
-        module.keeps_codes for name, module in qmodel.named_modules() if isinstance(module, KINDS) and "last" in name
+        module.keeps_codes_on for name, module in qmodel.named_modules() if isinstance(module, KINDS) and "last" in name
     }
-    assert kept == {False}
-    keep_codes_in_attention(qmodel, enabled=False)
-    assert not any(module.keeps_codes for module in qmodel.modules() if isinstance(module, KINDS))
+    assert kept == {NOWHERE}
+    keep_codes_in_attention(qmodel, [])
+    assert not any(module.keeps_codes_on for module in qmodel.modules() if isinstance(module, KINDS))
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -98,7 +112,7 @@ def test_a_product_in_every_layout(left: str, right: str, signed: bool, dtype: t
     module = QuantizedMatmul(quantizer(-3), sources)
     results = []
     for keeps_codes in (False, True):
-        module.keeps_codes = keeps_codes
+        module.keeps_codes_on = CPU if keeps_codes else NOWHERE
         given = [
             on_grid(sources[0], 2, 3, 21, 16, dtype=dtype).requires_grad_(),
             on_grid(sources[1], 2, 3, 16, 19, dtype=dtype).requires_grad_(),
@@ -116,7 +130,7 @@ def test_a_product_in_every_layout(left: str, right: str, signed: bool, dtype: t
 def test_operands_of_several_shapes_are_left_to_the_operator() -> None:
     sources = quantizer(-5), quantizer(-4)
     module = QuantizedMatmul(quantizer(-3), sources)
-    module.keeps_codes = True
+    module.keeps_codes_on = CPU
     for left, right in (((3, 4, 5), (5, 6)), ((4, 5), (5, 6)), ((1, 4, 5), (3, 5, 6))):
         given = on_grid(sources[0], *left).requires_grad_(), on_grid(sources[1], *right).requires_grad_()
         result, kept = kept_by(lambda given=given: module.unquantized(*given))
@@ -131,7 +145,7 @@ def test_a_float_operator_keeps_codes_alone(function: nn.Module, dtype: torch.dt
     module = QuantizedFloatOperator(function, source, quantizer(-6, isinstance(function, nn.LayerNorm)))
     results = []
     for keeps_codes in (False, True):
-        module.keeps_codes = keeps_codes
+        module.keeps_codes_on = CPU if keeps_codes else NOWHERE
         values = on_grid(source, 4, 10, 24, dtype=dtype).requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             result, kept = kept_by(lambda values=values: module(values))
@@ -147,7 +161,7 @@ def test_a_float_operator_keeps_codes_alone(function: nn.Module, dtype: torch.dt
 def test_weights_that_changed_before_the_backward_pass_are_an_error_as_ever() -> None:
     source = quantizer(-4)
     module = QuantizedFloatOperator(nn.LayerNorm(24), source, quantizer(-6))
-    module.keeps_codes = True
+    module.keeps_codes_on = CPU
     result = module(on_grid(source, 4, 24).requires_grad_())
     with torch.no_grad():
         module.function.weight.mul_(2)
@@ -161,7 +175,7 @@ def test_the_exponent_may_change_before_the_backward_pass() -> None:
     gradients = []
     for exponent in (-4, -2):
         source.set_exponent(-4)
-        module.keeps_codes = True
+        module.keeps_codes_on = CPU
         values = on_grid(source, 4, 24).requires_grad_()
         result = module(values)
         source.set_exponent(exponent)
@@ -177,7 +191,7 @@ def test_without_a_gradient_nothing_is_coded(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("lowprec.layers.coded_operators.codes_of_multiples", fail)
     source = quantizer(-4)
     softmax, product = QuantizedFloatOperator(nn.Softmax(-1), source, source), QuantizedMatmul(source, (source, source))
-    softmax.keeps_codes = product.keeps_codes = True
+    softmax.keeps_codes_on = product.keeps_codes_on = CPU
     values = on_grid(source, 2, 8, 8)
     assert torch.equal(softmax(values), source(torch.softmax(values, -1)))
     with torch.no_grad():

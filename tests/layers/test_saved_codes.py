@@ -166,9 +166,9 @@ def test_nothing_stays_on_the_model() -> None:
     with saved_as_codes(qmodel):
         with saved_as_codes(qmodel):
             pass
-        assert all(module.keeps_codes for module in softmaxes)
+        assert all(module.keeps_codes_on == {"cpu"} for module in softmaxes)
     with pytest.raises(ZeroDivisionError), saved_as_codes(qmodel):
         raise ZeroDivisionError
     assert not any(module._forward_hooks for module in qmodel.modules())
     assert softmaxes
-    assert not any(module.keeps_codes for module in softmaxes)
+    assert not any(module.keeps_codes_on for module in softmaxes)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import itertools
 import sys
+import time
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -156,3 +158,41 @@ def test_a_dtype_that_is_there_already_costs_nothing(pool: pools._Pool) -> None:
     assert found.dtype == torch.bfloat16
     assert torch.equal(found.float(), values % 128)
     assert len(pool.passing) == 1
+
+
+@pytest.mark.parametrize("place", [kept_like, passing_like])
+def test_of_what_is_not_dense_a_new_tensor_has_room_for_all(place: Callable[..., Tensor]) -> None:
+    values = torch.empty(LEAST, 4)[:, :2]
+    found = place(values)
+    assert found.shape == values.shape
+    assert found.fill_(1).sum() == 2 * LEAST
+
+
+def test_where_there_is_no_more_memory_pytorch_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(size: int) -> None:
+        raise OSError("Cannot allocate memory")
+
+    monkeypatch.setattr(pools, "_Block", fail)
+    assert kept(LEAST).shape == passing(LEAST).shape == (LEAST,)
+    with pytest.raises(RuntimeError, match=r"not enough memory|can't allocate memory"):
+        kept(1 << 60)
+
+
+def test_threads_get_memory_of_their_own() -> None:
+    """Tensors come and go in several threads; what each wrote is what it reads."""
+
+    def work(number: int) -> int:
+        wrong = 0
+        for turn in range(300):
+            tensors = [kept(1000 + turn).fill_(number), passing(LEAST + turn).fill_(number)]
+            time.sleep(0)
+            wrong += sum(int((tensor != number).any()) for tensor in tensors)
+        return wrong
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            assert sum(threads.map(work, range(4))) == 0
+    finally:
+        sys.setswitchinterval(before)
