@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lowprec.layers.activations import ActivationQuantizer, activate
-from lowprec.layers.normalization import normalize
+from lowprec.layers.training_norm import normalize
 from lowprec.layers.weights import FoldedWeights, WeightQuantizer, bias_exponent_floor
 from lowprec.numerics.fixed_point import MINIMUM_EXPONENT, dequantize, quantize_to_grid
 from lowprec.recipe import WeightScheme

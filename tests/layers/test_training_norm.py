@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowprec.layers import normalization
-from lowprec.layers.normalization import normalize
+from lowprec.layers import training_norm
+from lowprec.layers.training_norm import normalize
 
 
 def values_of(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -46,7 +46,7 @@ def test_it_is_equal(
 ) -> None:
     values = values_of(*shape, dtype=dtype).contiguous(memory_format=memory_format)
     norm = norm_of(shape[1], momentum=momentum)
-    assert normalization._can_place(norm, values.requires_grad_())
+    assert training_norm._can_place(norm, values.requires_grad_())
     values = values.detach()
     expected = outcome(lambda norm, values: norm(values), norm, values)
     found = outcome(normalize, norm, values)
