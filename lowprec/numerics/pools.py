@@ -22,7 +22,8 @@ from lowprec.numerics.memory import is_dense
 PIECE = 1 << 25
 LEAST = 1 << 16
 ALIGNMENT = 64
-HUGE_PAGE = 1 << 21
+# How much larger memory may be than what passes needs: some of that stays, which nobody knows before.
+LARGER = 3
 # Placements after which memory that nobody has used since is given back: those of a few steps of a very large network.
 PATIENCE = 20_000
 
@@ -31,8 +32,7 @@ class _Block:
     """A stretch of memory, how much of it is taken, and when some was last given to somebody, in placements."""
 
     def __init__(self, size: int) -> None:
-        page = HUGE_PAGE if size >= HUGE_PAGE else mmap.PAGESIZE
-        self.size = -(-size // page) * page
+        self.size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
         self.memory = mmap.mmap(-1, self.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self.memory.madvise(mmap.MADV_HUGEPAGE)
@@ -80,9 +80,10 @@ class _Pool:
             return block, first
 
     def pass_on(self, size: int) -> tuple[_Block, int]:
-        """The smallest idle block of ``size`` bytes or more, and 0: where they begin."""
+        """The smallest idle block of ``size`` bytes or some more, and 0: where they begin."""
         with self.lock:
-            fitting = (block for block in self.passing if block.size >= size and block.is_idle())
+            sizes = range(size, LARGER * size + 1)
+            fitting = (block for block in self.passing if block.size in sizes and block.is_idle())
             block = min(fitting, key=lambda block: block.size, default=None)
             if block is None:
                 block = _Block(size)

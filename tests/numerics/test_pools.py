@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import mmap
 import sys
 import time
 import weakref
@@ -89,13 +90,20 @@ def test_a_block_with_room_is_found_again(pool: pools._Pool) -> None:
 
 
 def test_what_passes_takes_the_smallest_idle_memory(pool: pools._Pool) -> None:
-    large, small = passing(4 * LEAST), passing(2 * LEAST)
+    large, small = passing(3 * LEAST), passing(2 * LEAST)
     places = large.data_ptr(), small.data_ptr()
     del large, small
     assert passing(LEAST).data_ptr() == places[1]
     held = passing(LEAST), passing(LEAST)
     assert [tensor.data_ptr() for tensor in held] == [places[1], places[0]]
     assert len(pool.passing) == 2
+
+
+def test_what_passes_takes_no_memory_that_is_much_too_large(pool: pools._Pool) -> None:
+    """Some of it stays, and would hold all."""
+    passing(pools.LARGER * LEAST + mmap.PAGESIZE)
+    passing(LEAST)
+    assert [block.size for block in pool.passing] == [pools.LARGER * LEAST + mmap.PAGESIZE, LEAST]
 
 
 def test_small_passing_tensors_are_any_new_ones(pool: pools._Pool) -> None:
