@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from lowprec.layers.activations import ActivationQuantizer
 from lowprec.numerics.pooling import window_sizes
+from lowprec.numerics.pools import passing_like
 
 
 class QuantizedMaxPool2d(nn.MaxPool2d):
@@ -53,8 +54,8 @@ class MaxPool(torch.autograd.Function):
         (places,) = ctx.saved_tensors
         # Of its input the operator asks shape and strides alone.
         like = torch.empty_strided(ctx.shape, ctx.strides, dtype=gradient.dtype, device=gradient.device)
-        backward = torch.ops.aten.max_pool2d_with_indices_backward.default
-        return backward(gradient, like, *ctx.geometry, places.long()), None
+        backward = torch.ops.aten.max_pool2d_with_indices_backward.grad_input
+        return backward(gradient, like, *ctx.geometry, places.long(), grad_input=passing_like(like)), None
 
 
 class QuantizedAveragePool(nn.Module):
