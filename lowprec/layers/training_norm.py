@@ -36,12 +36,12 @@ def _can_place(norm: nn.Module, values: Tensor) -> bool:
         or norm._forward_pre_hooks
     ):
         return False
-    statistics = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
-    if not (norm.training and norm.affine) or any(tensor is None for tensor in statistics):
+    tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    if any(tensor is None or tensor.dtype != torch.float32 for tensor in tensors) or norm.num_batches_tracked is None:
         return False
-    dtypes = values.dtype in EXACT_DTYPES and norm.weight.dtype == torch.float32 == norm.running_mean.dtype  # type: ignore[union-attr]
-    several = values.dim() == 4 and values.numel() > values.shape[1]
-    return dtypes and several and values.requires_grad and values.device.type == "cpu" and is_dense(values)
+    several = norm.training and values.dim() == 4 and values.numel() > values.shape[1]
+    placeable = values.device.type == "cpu" and values.dtype in EXACT_DTYPES and is_dense(values)
+    return several and placeable and values.requires_grad
 
 
 class _BatchNorm(torch.autograd.Function):
