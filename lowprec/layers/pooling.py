@@ -52,10 +52,12 @@ class MaxPool(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (places,) = ctx.saved_tensors
-        # Of its input the operator asks shape and strides alone.
-        like = torch.empty_strided(ctx.shape, ctx.strides, dtype=gradient.dtype, device=gradient.device)
+        result = torch.empty_strided(ctx.shape, ctx.strides, dtype=gradient.dtype, device=gradient.device)
+        if result.device.type == "cpu":
+            result = passing_like(result)
+        # Of its input the operator asks shape and strides alone, which are the result's.
         backward = torch.ops.aten.max_pool2d_with_indices_backward.grad_input
-        return backward(gradient, like, *ctx.geometry, places.long(), grad_input=passing_like(like)), None
+        return backward(gradient, result, *ctx.geometry, places.long(), grad_input=result), None
 
 
 class QuantizedAveragePool(nn.Module):

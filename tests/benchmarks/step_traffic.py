@@ -90,9 +90,11 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         result = function(*arguments, **(keywords or {}))
         name = function.overloadpacket.__name__
-        # What is copied to is written alone; what else is changed in place is read as well.
+        # What is copied to, or given as out, is written alone; what else is changed in place is read as well.
+        out = {argument.name for argument in function._schema.arguments if argument.is_out}
         given = arguments[1:] if name == "copy_" else arguments
-        read = [leaf for leaf in tree_leaves((given, keywords)) if isinstance(leaf, Tensor)]
+        named = [value for key, value in (keywords or {}).items() if key not in out]
+        read = [leaf for leaf in tree_leaves((given, named)) if isinstance(leaf, Tensor)]
         written = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if self.memory is not None:
             for tensor in written:

@@ -27,7 +27,8 @@ def test_operators_by_hand() -> None:
         sums = flat + flat  # two operands, a result
         sums.mul_(2.0)  # in place: read and written
         torch.empty_like(values).copy_(values)
-    assert counted == Traffic(launches=3, bytes=2 * VALUES * (3 + 2 + 2))
+        torch.neg(values, out=torch.empty_like(values))
+    assert counted == Traffic(launches=4, bytes=2 * VALUES * (3 + 2 + 2 + 2))
 
 
 @pytest.mark.parametrize("adds", [False, True])
