@@ -44,12 +44,14 @@ LIMITS = {
 def settled(model: nn.Module, side: int) -> nn.Module:
     """With statistics of random images in its batch norms, so that activations have the sizes of a trained network's."""
     torch.manual_seed(0)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.reset_running_stats()
-            module.momentum = None  # the mean over all batches
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0  # these images' alone
     with torch.no_grad():
         model.train()(images(0, 16, (3, side, side)))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
     return model.eval()
 
 
