@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lowprec.layers.training_norm import normalize, quantized_norm
 from lowprec.numerics.fixed_point import (
     MAXIMUM_EXPONENT,
     SIGNED_8_BIT,
@@ -62,16 +63,28 @@ class ActivationQuantizer(nn.Module):
         self.calibrated = True
 
     def forward(
-        self, values: Tensor, activation: str = "", overwrite: bool = False, *, addend: Tensor | None = None
+        self,
+        values: Tensor,
+        activation: str = "",
+        overwrite: bool = False,
+        *,
+        norm: nn.Module | None = None,
+        addend: Tensor | None = None,
     ) -> Tensor:
         """Any shape; values on the grid of 2^e. Gradient: straight through, zero outside the range.
 
-        addend: a tensor of the same shape, to add first. activation: "", "relu" or "relu6", a function to apply next.
-        overwrite: whether the memory of ``values`` may be used.
+        norm: a batch norm, to apply first. addend: a tensor of the same shape, to add then. activation: "", "relu" or "relu6",
+        a function to apply next. overwrite: whether the memory of ``values``, or of what a norm makes of them, may be used.
 
         Raises:
             RuntimeError: no exponent has been chosen yet.
         """
+        if norm is not None:
+            quantizes = self.quantizing and self.calibrated
+            result = quantized_norm(norm, values, self.exponent, self.codes, activation, addend) if quantizes else None
+            if result is not None:
+                return result
+            values = normalize(norm, values)
         if not self.quantizing:
             return activate(values if addend is None else values + addend, activation, overwrite or addend is not None)
         if not self.calibrated:

@@ -110,9 +110,9 @@ class QuantizedLayer(nn.Module, ABC):
         """
         if self.quantizer is None:
             return self.unquantized(values, shortcut)
-        output = self.normalized(values)
+        output, norm = self._multiplied_and_norm(values)
         # No operator, batch norm or sum keeps its result for the backward pass.
-        output = self.quantizer(output, self.activation, overwrite=True, addend=shortcut)
+        output = self.quantizer(output, self.activation, overwrite=True, norm=norm, addend=shortcut)
         return output.flatten(1) if self.flatten else output
 
     def unquantized(self, values: Tensor, shortcut: Tensor | None = None) -> Tensor:
@@ -129,12 +129,8 @@ class QuantizedLayer(nn.Module, ABC):
 
     def normalized(self, values: Tensor) -> Tensor:
         """The output before the activation function."""
-        if not self.quantizing:
-            return self._normalize(self.operate(values, self.weight, self.bias))
-        if self.training:
-            self.weight_quantizer.descend(self.weight)
-            return self._normalize(self.before_norm(values))
-        return self._evaluate(values)
+        output, norm = self._multiplied_and_norm(values)
+        return output if norm is None else normalize(norm, output)
 
     def before_norm(self, values: Tensor) -> Tensor:
         """The output before batch norm, with quantized unfolded weights (full-precision ones while not quantizing)."""
@@ -205,6 +201,14 @@ class QuantizedLayer(nn.Module, ABC):
             self._kept = weight, exponent, folded.bias
         return weight, exponent, folded.bias
 
+    def _multiplied_and_norm(self, values: Tensor) -> tuple[Tensor, nn.Module | None]:
+        """The output of the operator, and the batch norm that is still to come."""
+        if self.quantizing and not self.training:
+            return self._evaluate(values), None
+        if self.quantizing:
+            self.weight_quantizer.descend(self.weight)
+        return self.before_norm(values), self.norm
+
     def _evaluate(self, values: Tensor) -> Tensor:
         weight, exponent, bias = self.folded_values()
         return self._multiplied(values, weight.to(values.dtype), exponent, bias.to(values.dtype))
@@ -213,9 +217,6 @@ class QuantizedLayer(nn.Module, ABC):
         """:meth:`operate` with a weight of integers times 2^exponent [O]."""
         result = None if self.product is None else self.product(self, values, weight, exponent, bias)
         return self.operate(values, weight, bias) if result is None else result
-
-    def _normalize(self, values: Tensor) -> Tensor:
-        return values if self.norm is None else normalize(self.norm, values)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}" if self.activation else ""
@@ -283,9 +284,9 @@ class QuantizedBatchNorm2d(QuantizedLayer):
     def columns(self, values: Tensor) -> Tensor:
         return self.by_channel(values).unsqueeze(1)
 
-    def normalized(self, values: Tensor) -> Tensor:
+    def _multiplied_and_norm(self, values: Tensor) -> tuple[Tensor, nn.Module | None]:
         # With a weight of one there is nothing to quantize until the batch norm is folded into it.
-        return self._evaluate(values) if self.quantizing and not self.training else self._normalize(values)
+        return (self._evaluate(values), None) if self.quantizing and not self.training else (values, self.norm)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Batch norm in training: PyTorch's, with its result, which is quantized in place and soon gone, in memory for such tensors."""
+"""Batch norm in training: with the quantizer behind it in one, or PyTorch's with its result in memory for passing tensors."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lowprec.numerics.fixed_point import EXACT_DTYPES
+from lowprec.numerics import native_norms
+from lowprec.numerics.fixed_point import EXACT_DTYPES, CodeRange
 from lowprec.numerics.memory import is_dense
 from lowprec.numerics.pools import passing_like
+from lowprec.numerics.straight_through_norm import StraightThroughNorm
 
 
 def normalize(norm: nn.Module, values: Tensor) -> Tensor:
@@ -19,12 +21,37 @@ def normalize(norm: nn.Module, values: Tensor) -> Tensor:
         result: Tensor = norm(values)
         return result
     assert isinstance(norm, nn.BatchNorm2d)
+    placed: Tensor = _BatchNorm.apply(values, *_arguments(norm))
+    return placed
+
+
+def quantized_norm(
+    norm: nn.Module,
+    values: Tensor,
+    exponent: Tensor,
+    codes: CodeRange,
+    activation: str = "",
+    addend: Tensor | None = None,
+) -> Tensor | None:
+    """``straight_through_activation(normalize(norm, values), exponent, codes, activation, addend=addend)``, bit by bit.
+
+    In one, as :class:`lowprec.numerics.straight_through_norm.StraightThroughNorm`, or None where that cannot be.
+    """
+    if not (_can_place(norm, values) and native_norms.takes(values)):
+        return None
+    if addend is not None and (addend.dtype, addend.stride()) != (values.dtype, values.stride()):
+        return None
+    assert isinstance(norm, nn.BatchNorm2d)
+    result: Tensor = StraightThroughNorm.apply(values, *_arguments(norm), addend, exponent, codes, activation)
+    return result
+
+
+def _arguments(norm: nn.BatchNorm2d) -> tuple[Any, ...]:
+    """Weight, bias, running mean and variance, momentum and ε, for one more batch."""
     assert norm.num_batches_tracked is not None
     norm.num_batches_tracked.add_(1)
     momentum = 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
-    parameters = norm.weight, norm.bias, norm.running_mean, norm.running_var
-    placed: Tensor = _BatchNorm.apply(values, *parameters, momentum, norm.eps)
-    return placed
+    return norm.weight, norm.bias, norm.running_mean, norm.running_var, momentum, norm.eps
 
 
 def _can_place(norm: nn.Module, values: Tensor) -> bool:

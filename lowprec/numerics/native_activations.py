@@ -35,21 +35,26 @@ def quantize_activation(
     """As :func:`lowprec.numerics.triton_activations.quantize_activation`."""
     size = values.numel()
     mask = kept_like(values, torch.uint8, (-(-size // 8),)) if masked else None
+    function = getattr(library(), f"quantize_{NAMES[values.dtype]}")
+    function(
+        *(values.data_ptr(), None if addend is None else addend.data_ptr(), out.data_ptr()),
+        *(None if mask is None else mask.data_ptr(), size, *limits(exponent, ends, activation, values.dtype)),
+    )
+    return mask
+
+
+def limits(
+    exponent: Tensor, ends: tuple[float, float, float, float], activation: str, dtype: torch.dtype
+) -> tuple[float, float, float, float, float]:
+    """What a kernel quantizes with: 1.5 · 2^23 units, which rounds to multiples when it is added and taken off, and ``ends``."""
     unit = float(power_of_two(exponent))
     low, high, least, most = (end * unit for end in ends)
-    precision = torch.finfo(values.dtype)
+    precision = torch.finfo(dtype)
     if activation:
         low, least = 0.0, precision.smallest_normal
     if activation == "relu6":
         high, most = min(high, 6.0), min(most, 6 - 4 * precision.eps)
-    # 1.5 · 2^23 units: added and taken off, it rounds to multiples.
-    multiple = 12582912.0 * unit
-    function = getattr(library(), f"quantize_{NAMES[values.dtype]}")
-    function(
-        *(values.data_ptr(), None if addend is None else addend.data_ptr(), out.data_ptr()),
-        *(None if mask is None else mask.data_ptr(), size, multiple, low, high, least, most),
-    )
-    return mask
+    return 12582912.0 * unit, low, high, least, most
 
 
 def gradient_within(gradient: Tensor, mask: Tensor, out: Tensor) -> None:

@@ -1,58 +1,14 @@
 /* Kernels of activations for x86 CPUs with AVX2: one pass over memory each way, as those for GPUs (triton_activations.py).
 
-   Compiled without fused multiply-adds, so that results are what PyTorch's operators give, bit by bit. Masks hold a bit an
-   element, the first one in the lowest bit. Parts of a tensor that threads share are multiples of eight elements. */
+   Masks hold a bit an element, the first one in the lowest bit. */
 
-#include <immintrin.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <string.h>
-
-#define PART ((ptrdiff_t)1 << 14)
-
-typedef uint16_t bfloat16;
-
-/* Eight values of either kind as float32, and back: what is written is on the grid, which bfloat16 holds. */
-static inline __m256 load_float(const float *from) { return _mm256_loadu_ps(from); }
-
-static inline __m256 load_bfloat16(const bfloat16 *from) {
-    __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
-}
-
-static inline void store_float(float *to, __m256 values) { _mm256_storeu_ps(to, values); }
-
-static inline void store_bfloat16(bfloat16 *to, __m256 values) {
-    __m256i high = _mm256_srli_epi32(_mm256_castps_si256(values), 16);
-    __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
-    _mm_storeu_si128((__m128i *)to, _mm256_castsi256_si128(packed));
-}
-
-/* A sum as its dtype rounds it, half to even. */
-static inline __m256 round_float(__m256 sum) { return sum; }
-
-static inline __m256 round_bfloat16(__m256 sum) {
-    __m256i bits = _mm256_castps_si256(sum);
-    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
-    rounded = _mm256_and_si256(rounded, _mm256_set1_epi32((int)0xFFFF0000));
-    return _mm256_blendv_ps(_mm256_castsi256_ps(rounded), sum, _mm256_cmp_ps(sum, sum, _CMP_UNORD_Q));
-}
-
-typedef struct {
-    float multiple, low, high, least, most;
-} limits;
+#include "vectors.h"
 
 #define KERNELS(TYPE, NAME)                                                                                              \
-    static inline unsigned quantize_eight_##NAME(const TYPE *values, const TYPE *addend, TYPE *out, limits l) {         \
-        __m256 multiple = _mm256_set1_ps(l.multiple), x = load_##NAME(values);                                           \
+    static inline unsigned quantize_sum_##NAME(const TYPE *values, const TYPE *addend, TYPE *out, limits l) {            \
+        __m256 x = load_##NAME(values);                                                                                  \
         if (addend) x = round_##NAME(_mm256_add_ps(x, load_##NAME(addend)));                                             \
-        /* Of a NaN and a number, the second operand is taken: NaN stays. */                                             \
-        __m256 clamped = _mm256_min_ps(_mm256_set1_ps(l.high), _mm256_max_ps(_mm256_set1_ps(l.low), x));                 \
-        store_##NAME(out, _mm256_sub_ps(_mm256_add_ps(clamped, multiple), multiple));                                    \
-        __m256 least = _mm256_cmp_ps(x, _mm256_set1_ps(l.least), _CMP_GE_OQ);                                            \
-        __m256 most = _mm256_cmp_ps(x, _mm256_set1_ps(l.most), _CMP_LE_OQ);                                              \
-        return (unsigned)_mm256_movemask_ps(_mm256_and_ps(least, most));                                                 \
+        return quantize_eight_##NAME(x, out, l);                                                                         \
     }                                                                                                                    \
                                                                                                                          \
     void quantize_##NAME(const TYPE *values, const TYPE *addend, TYPE *out, uint8_t *mask, ptrdiff_t size,               \
@@ -61,7 +17,7 @@ typedef struct {
         _Pragma("omp parallel for schedule(static) if (size > PART)") for (ptrdiff_t first = 0; first < size; first += PART) {            \
             ptrdiff_t last = first + PART < size ? first + PART : size, i = first;                                       \
             for (; i + 8 <= last; i += 8) {                                                                              \
-                unsigned bits = quantize_eight_##NAME(values + i, addend ? addend + i : NULL, out + i, l);               \
+                unsigned bits = quantize_sum_##NAME(values + i, addend ? addend + i : NULL, out + i, l);                 \
                 if (mask) mask[i / 8] = (uint8_t)bits;                                                                   \
             }                                                                                                            \
             if (i < last) {                                                                                              \
@@ -69,7 +25,7 @@ typedef struct {
                 size_t bytes = (size_t)(last - i) * sizeof(TYPE);                                                        \
                 memcpy(some, values + i, bytes);                                                                         \
                 if (addend) memcpy(added, addend + i, bytes);                                                            \
-                unsigned bits = quantize_eight_##NAME(some, addend ? added : NULL, results, l);                          \
+                unsigned bits = quantize_sum_##NAME(some, addend ? added : NULL, results, l);                            \
                 memcpy(out + i, results, bytes);                                                                         \
                 if (mask) mask[i / 8] = (uint8_t)(bits & ((1u << (last - i)) - 1));                                      \
             }                                                                                                            \

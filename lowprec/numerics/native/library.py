@@ -18,9 +18,10 @@ import torch
 
 log = logging.getLogger("lowprec.kernels")
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("activations.c", "weights.c"))
-# No fused multiply-adds: they round once where PyTorch's operators round twice.
-FLAGS = ("-O3", "-mavx2", "-ffp-contract=off", "-fPIC", "-fopenmp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("activations.c", "norms.c", "weights.c"))
+HEADERS = (Path(__file__).with_name("vectors.h"),)
+# No fused multiply-adds but those that are written out: they round once where PyTorch's operators round twice.
+FLAGS = ("-O3", "-mavx2", "-mfma", "-ffp-contract=off", "-fPIC", "-fopenmp")
 SECONDS = 120
 
 _P, _N, _F, _I = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_float, ctypes.c_int
@@ -32,6 +33,9 @@ OF_ACTIVATIONS = {
     "values": (_P, _P, _N, _F, _F, ctypes.c_int8),
     "look_up": (_P, _P, _P, _N, _F, _F, _P),
     "times_slopes": (_P, _P, _P, _N, _P),
+    "statistics": (_P, _P, _P, _P, _P, _N, _N, _I, _F, ctypes.c_double, _P, _P, _P, _P, _P),
+    "quantize_normalized": (_P, _P, _P, _P, _P, _P, _N, _N, _F, _F, _F, _F, _F),
+    "norm_gradient": (_P, _P, _P, _P, _P, _P, _N, _N, _I, _P, _P, _P, _P, _P),
 }
 
 
@@ -89,7 +93,7 @@ def library() -> ctypes.CDLL:
     if not compiler[0]:
         raise BuildError("there is no C compiler (Debian: gcc, libc6-dev)")
     openmp = _openmp()
-    content = "\n".join([*(source.read_text() for source in SOURCES), *compiler, *FLAGS, openmp])
+    content = "\n".join([*(source.read_text() for source in (*SOURCES, *HEADERS)), *compiler, *FLAGS, openmp])
     file = _cache() / f"kernels-{hashlib.sha256(content.encode()).hexdigest()[:16]}.so"
     if not file.exists():
         _build(compiler, openmp, file)
