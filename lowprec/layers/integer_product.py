@@ -21,7 +21,7 @@ from lowprec.layers.autocast import dtype_of_products
 from lowprec.layers.grids import keep_codes_in_attention, on_grid
 from lowprec.layers.linear import QuantizedConv2d, QuantizedLayer, QuantizedLinear
 from lowprec.numerics import kernels
-from lowprec.numerics.fixed_point import EXACT_DTYPES, power_of_two
+from lowprec.numerics.fixed_point import EXACT_DTYPES, power_of_two, scale_of
 from lowprec.numerics.memory import is_channels_last
 from lowprec.numerics.pools import converted, kept_like, passing_like
 from lowprec.numerics.straight_through import codes_of_multiples, multiples_of_codes
@@ -97,7 +97,7 @@ class PackedProduct:
         self.scale = power_of_two(exponent)
         self.integers = integers_of_weight(weight, exponent)
         self.bias = bias
-        self.input = (float(power_of_two(source.exponent)), 128 - source.int8_offset)
+        self.input = (scale_of(source.exponent), 128 - source.int8_offset)
         self.where = None if geometry is None else (*map(list, geometry), 1)
         self._packed: tuple[torch.Size, Tensor] | None = None
 

@@ -6,6 +6,7 @@ The only place where rounding happens, half to even everywhere: :func:`round_hal
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +63,12 @@ def power_of_two(exponent: Tensor, dtype: torch.dtype = torch.float32) -> Tensor
     if dtype == torch.float64:
         return ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64)
     return ((exponent.to(torch.int32) + 127) << 23).view(torch.float32)
+
+
+def scale_of(exponent: Tensor, inverse: bool = False) -> float:
+    """2^exponent, or 2^-exponent, as a number; exponent: one element, on a CPU, where several operators would take longer."""
+    number = int(exponent)
+    return math.ldexp(1.0, -number if inverse else number)
 
 
 def scale_by_power_of_two(values: Tensor, exponent: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lowprec.numerics.fixed_point import power_of_two
+from lowprec.numerics.fixed_point import scale_of
 from lowprec.numerics.native.library import is_built, library
 from lowprec.numerics.pools import kept_like
 
@@ -47,7 +47,7 @@ def limits(
     exponent: Tensor, ends: tuple[float, float, float, float], activation: str, dtype: torch.dtype
 ) -> tuple[float, float, float, float, float]:
     """What a kernel quantizes with: 1.5 · 2^23 units, which rounds to multiples when it is added and taken off, and ``ends``."""
-    unit = float(power_of_two(exponent))
+    unit = scale_of(exponent)
     low, high, least, most = (end * unit for end in ends)
     precision = torch.finfo(dtype)
     if activation:
@@ -67,14 +67,14 @@ def write_codes(values: Tensor, exponent: Tensor, offset: int, out: Tensor) -> N
     """As :func:`lowprec.numerics.triton_activations.write_codes`."""
     function = getattr(library(), f"codes_{NAMES[values.dtype]}")
     flip, more = _as_signed(out)
-    function(values.data_ptr(), out.data_ptr(), values.numel(), float(power_of_two(-exponent)), offset + more, flip)
+    function(values.data_ptr(), out.data_ptr(), values.numel(), scale_of(exponent, inverse=True), offset + more, flip)
 
 
 def write_values(codes: Tensor, exponent: Tensor, offset: int, out: Tensor) -> None:
     """As :func:`lowprec.numerics.triton_activations.write_values`."""
     function = getattr(library(), f"values_{NAMES[out.dtype]}")
     flip, more = _as_signed(codes)
-    function(codes.data_ptr(), out.data_ptr(), codes.numel(), float(power_of_two(exponent)), offset + more, flip)
+    function(codes.data_ptr(), out.data_ptr(), codes.numel(), scale_of(exponent), offset + more, flip)
 
 
 def look_up(values: Tensor, exponent: Tensor, low: int, table: Tensor, out: Tensor) -> Tensor | None:
@@ -85,7 +85,7 @@ def look_up(values: Tensor, exponent: Tensor, low: int, table: Tensor, out: Tens
     """
     places = kept_like(values, torch.uint8)
     function = getattr(library(), f"look_up_{NAMES[values.dtype]}")
-    inverse = float(power_of_two(-exponent))
+    inverse = scale_of(exponent, inverse=True)
     lost = function(
         values.data_ptr(), places.data_ptr(), out.data_ptr(), values.numel(), inverse, low, table.data_ptr()
     )

@@ -5,19 +5,26 @@
 #include "vectors.h"
 
 #define KERNELS(TYPE, NAME)                                                                                              \
-    static inline unsigned quantize_sum_##NAME(const TYPE *values, const TYPE *addend, TYPE *out, limits l) {            \
-        __m256 x = load_##NAME(values);                                                                                  \
-        if (addend) x = round_##NAME(_mm256_add_ps(x, load_##NAME(addend)));                                             \
-        return quantize_eight_##NAME(x, out, l);                                                                         \
+    static inline uint32_t quantize_sum_##NAME(const TYPE *values, const TYPE *addend, TYPE *out, limits l, int count) { \
+        vector x = read_##NAME(values, count);                                                                           \
+        if (addend) x = as_##NAME(V(add_ps)(x, read_##NAME(addend, count)));                                             \
+        return quantize_lanes_##NAME(x, out, l, count);                                                                  \
     }                                                                                                                    \
                                                                                                                          \
     void quantize_##NAME(const TYPE *values, const TYPE *addend, TYPE *out, uint8_t *mask, ptrdiff_t size,               \
                          float multiple, float low, float high, float least, float most) {                               \
         limits l = {multiple, low, high, least, most};                                                                   \
-        _Pragma("omp parallel for schedule(static) if (size > PART)") for (ptrdiff_t first = 0; first < size; first += PART) {            \
+        _Pragma("omp parallel for schedule(static) if (size > PART)")                                                    \
+        for (ptrdiff_t first = 0; first < size; first += PART) {                                                         \
             ptrdiff_t last = first + PART < size ? first + PART : size, i = first;                                       \
+            for (; i + 32 <= last; i += 32) {                                                                            \
+                uint32_t bits = 0;                                                                                       \
+                for (int j = 0; j < 32; j += LANES)                                                                      \
+                    bits |= quantize_sum_##NAME(values + i + j, addend ? addend + i + j : NULL, out + i + j, l, LANES) << j;\
+                if (mask) memcpy(mask + i / 8, &bits, sizeof bits);                                                      \
+            }                                                                                                            \
             for (; i + 8 <= last; i += 8) {                                                                              \
-                unsigned bits = quantize_sum_##NAME(values + i, addend ? addend + i : NULL, out + i, l);                 \
+                uint32_t bits = quantize_sum_##NAME(values + i, addend ? addend + i : NULL, out + i, l, 8);              \
                 if (mask) mask[i / 8] = (uint8_t)bits;                                                                   \
             }                                                                                                            \
             if (i < last) {                                                                                              \
@@ -25,7 +32,7 @@
                 size_t bytes = (size_t)(last - i) * sizeof(TYPE);                                                        \
                 memcpy(some, values + i, bytes);                                                                         \
                 if (addend) memcpy(added, addend + i, bytes);                                                            \
-                unsigned bits = quantize_sum_##NAME(some, addend ? added : NULL, results, l);                            \
+                uint32_t bits = quantize_sum_##NAME(some, addend ? added : NULL, results, l, 8);                         \
                 memcpy(out + i, results, bytes);                                                                         \
                 if (mask) mask[i / 8] = (uint8_t)(bits & ((1u << (last - i)) - 1));                                      \
             }                                                                                                            \

@@ -22,6 +22,8 @@ SOURCES = tuple(Path(__file__).with_name(name) for name in ("activations.c", "no
 HEADERS = (Path(__file__).with_name("vectors.h"),)
 # No fused multiply-adds but those that are written out: they round once where PyTorch's operators round twice.
 FLAGS = ("-O3", "-mavx2", "-mfma", "-ffp-contract=off", "-fPIC", "-fopenmp")
+# What registers hold more with, for the capabilities that PyTorch finds.
+WIDER = {"AVX2": (), "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")}
 SECONDS = 120
 
 _P, _N, _F, _I = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_float, ctypes.c_int
@@ -84,19 +86,18 @@ def library() -> ctypes.CDLL:
     Raises:
         BuildError: the CPU lacks AVX2, there is no C compiler, or it fails.
     """
-    if platform.machine() not in ("x86_64", "AMD64") or torch.backends.cpu.get_cpu_capability() not in (
-        "AVX2",
-        "AVX512",
-    ):
+    capability = torch.backends.cpu.get_cpu_capability()
+    if platform.machine() not in ("x86_64", "AMD64") or capability not in WIDER:
         raise BuildError("the CPU has no AVX2")
     compiler = shlex.split(os.environ.get("CC", "")) or [shutil.which("cc") or shutil.which("gcc") or ""]
     if not compiler[0]:
         raise BuildError("there is no C compiler (Debian: gcc, libc6-dev)")
+    flags = (*FLAGS, *WIDER[capability])
     openmp = _openmp()
-    content = "\n".join([*(source.read_text() for source in (*SOURCES, *HEADERS)), *compiler, *FLAGS, openmp])
+    content = "\n".join([*(source.read_text() for source in (*SOURCES, *HEADERS)), *compiler, *flags, openmp])
     file = _cache() / f"kernels-{hashlib.sha256(content.encode()).hexdigest()[:16]}.so"
     if not file.exists():
-        _build(compiler, openmp, file)
+        _build([*compiler, *flags], openmp, file)
     loaded = ctypes.CDLL(str(file))
     for name, arguments in ARGUMENTS.items():
         function = getattr(loaded, name)
@@ -111,8 +112,8 @@ def _build(compiler: list[str], openmp: str, file: Path) -> None:
         linked = Path(folder, "kernels.so")
         # Linked with PyTorch's own OpenMP, whose threads are used.
         for command in (
-            *([*compiler, *FLAGS, "-c", str(source), "-o", to] for source, to in zip(SOURCES, compiled, strict=True)),
-            [*compiler, "-shared", *compiled, openmp, "-o", str(linked)],
+            *([*compiler, "-c", str(source), "-o", to] for source, to in zip(SOURCES, compiled, strict=True)),
+            [*compiler, "-shared", *compiled, openmp, "-lm", "-o", str(linked)],
         ):
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)

@@ -14,19 +14,49 @@ static inline ptrdiff_t first_row(ptrdiff_t rows, int threads, int thread) {
     return first < rows ? first : rows;
 }
 
-/* Eight bits as eight masks of 32 bits. */
-static inline __m256 inside(unsigned bits) {
-    __m256i place = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-    return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int)bits), place), place));
+/* Eight bits, or sixteen. */
+static inline uint32_t bits_of(const uint8_t *mask, int count) {
+    uint16_t bits;
+    if (count == 8) return *mask;
+    memcpy(&bits, mask, sizeof bits);
+    return bits;
 }
 
 #define PARTS _Pragma("omp parallel for schedule(static)") for (int thread = 0; thread < threads; thread++)
+#define ROWS for (ptrdiff_t row = first_row(rows, threads, thread); row < first_row(rows, threads, thread + 1); row++)
+#define ALL_ROWS _Pragma("omp parallel for schedule(static)") for (ptrdiff_t row = 0; row < rows; row++)
+
+/* A block for all channels c of a row, ``count`` at a time: as many as there are lanes, or of sixteen eight at the end. */
+#define CHANNELS(...)                                                                                                    \
+    do {                                                                                                                 \
+        ptrdiff_t c = 0;                                                                                                 \
+        for (; c + LANES <= channels; c += LANES) {                                                                      \
+            enum { count = LANES };                                                                                      \
+            __VA_ARGS__                                                                                                  \
+        }                                                                                                                \
+        if (c < channels) {                                                                                              \
+            enum { count = 8 };                                                                                          \
+            __VA_ARGS__                                                                                                  \
+        }                                                                                                                \
+    } while (0)
+
+static inline void add_lanes(float *to, vector values, int count) {
+    write_float(to, V(add_ps)(values, read_float(to, count)), count);
+}
+
+static inline void add_products(float *to, vector one, vector other, int count) {
+    write_float(to, V(fmadd_ps)(one, other, read_float(to, count)), count);
+}
 
 #define NORMS(TYPE, NAME, WIDE)                                                                                          \
     static inline float sum_of_parts_##NAME(const float *parts, int threads, ptrdiff_t channels, ptrdiff_t c) {          \
         WIDE sum = 0;                                                                                                    \
         for (int thread = 0; thread < threads; thread++) sum += parts[thread * channels + c];                            \
         return (float)sum;                                                                                               \
+    }                                                                                                                    \
+                                                                                                                         \
+    static inline vector apart_##NAME(const TYPE *x, const float *mean, int count) {                                     \
+        return V(sub_ps)(read_##NAME(x, count), read_float(mean, count));                                                \
     }                                                                                                                    \
                                                                                                                          \
     /* Mean and 1 / sqrt(variance + eps) of each channel, the running ones after them, and what makes x its norm,        \
@@ -37,10 +67,10 @@ static inline __m256 inside(unsigned bits) {
         memset(parts, 0, (size_t)(threads * channels) * sizeof(float));                                                  \
         PARTS {                                                                                                          \
             float *sums = parts + thread * channels;                                                                     \
-            for (ptrdiff_t row = first_row(rows, threads, thread); row < first_row(rows, threads, thread + 1); row++)    \
-                for (ptrdiff_t c = 0; c < channels; c += 8)                                                              \
-                    _mm256_storeu_ps(sums + c, _mm256_add_ps(_mm256_loadu_ps(sums + c),                                  \
-                                                             load_##NAME(x + row * channels + c)));                      \
+            ROWS {                                                                                                       \
+                const TYPE *from = x + row * channels;                                                                   \
+                CHANNELS(add_lanes(sums + c, read_##NAME(from + c, count), count););                                     \
+            }                                                                                                            \
         }                                                                                                                \
         for (ptrdiff_t c = 0; c < channels; c++) {                                                                       \
             WIDE sum = 0;                                                                                                \
@@ -50,11 +80,13 @@ static inline __m256 inside(unsigned bits) {
         memset(parts, 0, (size_t)(threads * channels) * sizeof(float));                                                  \
         PARTS {                                                                                                          \
             float *sums = parts + thread * channels;                                                                     \
-            for (ptrdiff_t row = first_row(rows, threads, thread); row < first_row(rows, threads, thread + 1); row++)    \
-                for (ptrdiff_t c = 0; c < channels; c += 8) {                                                            \
-                    __m256 apart = _mm256_sub_ps(load_##NAME(x + row * channels + c), _mm256_loadu_ps(mean + c));        \
-                    _mm256_storeu_ps(sums + c, _mm256_fmadd_ps(apart, apart, _mm256_loadu_ps(sums + c)));                \
-                }                                                                                                        \
+            ROWS {                                                                                                       \
+                const TYPE *from = x + row * channels;                                                                   \
+                CHANNELS({                                                                                               \
+                    vector apart = apart_##NAME(from + c, mean + c, count);                                              \
+                    add_products(sums + c, apart, apart, count);                                                         \
+                });                                                                                                      \
+            }                                                                                                            \
         }                                                                                                                \
         for (ptrdiff_t c = 0; c < channels; c++) {                                                                       \
             float squares = sum_of_parts_##NAME(parts, threads, channels, c);                                            \
@@ -67,20 +99,22 @@ static inline __m256 inside(unsigned bits) {
         }                                                                                                                \
     }                                                                                                                    \
                                                                                                                          \
-    /* x * slope + offset, the addend (or NULL) added, quantized as quantize_NAME does it. */                            \
+    /* x * slope + offset, the addend (or NULL) added, quantized as quantize_NAME does it, with a mask. */               \
     void quantize_normalized_##NAME(const TYPE *x, const float *slope, const float *offset, const TYPE *addend,          \
                                     TYPE *out, uint8_t *mask, ptrdiff_t rows, ptrdiff_t channels, float multiple,        \
                                     float low, float high, float least, float most) {                                    \
         limits l = {multiple, low, high, least, most};                                                                   \
-        _Pragma("omp parallel for schedule(static)") for (ptrdiff_t row = 0; row < rows; row++)                          \
-            for (ptrdiff_t c = 0; c < channels; c += 8) {                                                                \
-                ptrdiff_t i = row * channels + c;                                                                        \
-                __m256 y = _mm256_fmadd_ps(load_##NAME(x + i), _mm256_loadu_ps(slope + c), _mm256_loadu_ps(offset + c)); \
-                y = round_##NAME(y);                                                                                     \
-                if (addend) y = round_##NAME(_mm256_add_ps(y, load_##NAME(addend + i)));                                 \
-                unsigned bits = quantize_eight_##NAME(y, out + i, l);                                                    \
-                if (mask) mask[i / 8] = (uint8_t)bits;                                                                   \
-            }                                                                                                            \
+        ALL_ROWS {                                                                                                       \
+            ptrdiff_t first = row * channels;                                                                            \
+            CHANNELS({                                                                                                   \
+                ptrdiff_t i = first + c;                                                                                 \
+                vector y = V(fmadd_ps)(read_##NAME(x + i, count), read_float(slope + c, count), read_float(offset + c, count));\
+                y = as_##NAME(y);                                                                                        \
+                if (addend) y = as_##NAME(V(add_ps)(y, read_##NAME(addend + i, count)));                                 \
+                uint32_t bits = quantize_lanes_##NAME(y, out + i, l, count);                                             \
+                memcpy(mask + i / 8, &bits, count / 8);                                                                  \
+            });                                                                                                          \
+        }                                                                                                                \
     }                                                                                                                    \
                                                                                                                          \
     /* Gradients of x, weight and offset (that of the norm's bias) from that of the quantized values, where the mask has \
@@ -93,15 +127,16 @@ static inline __m256 inside(unsigned bits) {
         memset(parts, 0, (size_t)(2 * threads * channels) * sizeof(float));                                              \
         PARTS {                                                                                                          \
             float *sum = parts + thread * channels, *product = products + thread * channels;                             \
-            for (ptrdiff_t row = first_row(rows, threads, thread); row < first_row(rows, threads, thread + 1); row++)    \
-                for (ptrdiff_t c = 0; c < channels; c += 8) {                                                            \
-                    ptrdiff_t i = row * channels + c;                                                                    \
-                    __m256 d = _mm256_and_ps(load_##NAME(gradient + i), inside(mask[i / 8]));                            \
-                    if (masked) store_##NAME(masked + i, d);                                                             \
-                    __m256 apart = _mm256_sub_ps(load_##NAME(x + i), _mm256_loadu_ps(mean + c));                         \
-                    _mm256_storeu_ps(sum + c, _mm256_add_ps(d, _mm256_loadu_ps(sum + c)));                               \
-                    _mm256_storeu_ps(product + c, _mm256_fmadd_ps(apart, d, _mm256_loadu_ps(product + c)));              \
-                }                                                                                                        \
+            ROWS {                                                                                                       \
+                ptrdiff_t first = row * channels;                                                                        \
+                CHANNELS({                                                                                               \
+                    ptrdiff_t i = first + c;                                                                             \
+                    vector d = where(bits_of(mask + i / 8, count), read_##NAME(gradient + i, count));                    \
+                    if (masked) write_##NAME(masked + i, d, count);                                                      \
+                    add_lanes(sum + c, d, count);                                                                        \
+                    add_products(product + c, apart_##NAME(x + i, mean + c, count), d, count);                           \
+                });                                                                                                      \
+            }                                                                                                            \
         }                                                                                                                \
         for (ptrdiff_t c = 0; c < channels; c++) {                                                                       \
             float sum = sum_of_parts_##NAME(parts, threads, channels, c);                                                \
@@ -112,17 +147,19 @@ static inline __m256 inside(unsigned bits) {
             parts[c] = sum / (float)rows;                                                                                \
             products[c] = product * inverse[c] * inverse[c] / (float)rows;                                               \
         }                                                                                                                \
-        _Pragma("omp parallel for schedule(static)") for (ptrdiff_t row = 0; row < rows; row++)                          \
-            for (ptrdiff_t c = 0; c < channels; c += 8) {                                                                \
-                ptrdiff_t i = row * channels + c;                                                                        \
-                __m256 d = masked ? load_##NAME(masked + i)                                                              \
-                                  : _mm256_and_ps(load_##NAME(gradient + i), inside(mask[i / 8]));                       \
-                __m256 apart = _mm256_sub_ps(load_##NAME(x + i), _mm256_loadu_ps(mean + c));                             \
-                __m256 centred = _mm256_sub_ps(d, _mm256_loadu_ps(parts + c));                                           \
-                centred = _mm256_fnmadd_ps(apart, _mm256_loadu_ps(products + c), centred);                               \
-                centred = _mm256_mul_ps(centred, _mm256_loadu_ps(inverse + c));                                          \
-                store_##NAME(of_x + i, round_##NAME(_mm256_mul_ps(centred, _mm256_loadu_ps(weight + c))));               \
-            }                                                                                                            \
+        ALL_ROWS {                                                                                                       \
+            ptrdiff_t first = row * channels;                                                                            \
+            CHANNELS({                                                                                                   \
+                ptrdiff_t i = first + c;                                                                                 \
+                vector d = masked ? read_##NAME(masked + i, count)                                                       \
+                                  : where(bits_of(mask + i / 8, count), read_##NAME(gradient + i, count));               \
+                vector apart = apart_##NAME(x + i, mean + c, count);                                                     \
+                vector centred = V(sub_ps)(d, read_float(parts + c, count));                                             \
+                centred = V(fnmadd_ps)(apart, read_float(products + c, count), centred);                                 \
+                centred = V(mul_ps)(centred, read_float(inverse + c, count));                                            \
+                write_##NAME(of_x + i, as_##NAME(V(mul_ps)(centred, read_float(weight + c, count))), count);             \
+            });                                                                                                          \
+        }                                                                                                                \
     }
 
 NORMS(float, float, double)
