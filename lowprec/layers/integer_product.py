@@ -98,7 +98,9 @@ class PackedProduct:
         self.integers = integers_of_weight(weight, exponent)
         self.bias = bias
         self.input = (scale_of(source.exponent), 128 - source.int8_offset)
-        self.where = None if geometry is None else (*map(list, geometry), 1)
+        # A matrix product is the convolution of a row of pixels: weights are packed several times as fast for one.
+        self.multiplies = geometry is None
+        self.where = (*map(list, geometry or ((1, 1), (0, 0), (1, 1))), 1)
         self._packed: tuple[torch.Size, Tensor] | None = None
 
     @classmethod
@@ -115,31 +117,24 @@ class PackedProduct:
 
     def __call__(self, codes: Tensor) -> Tensor:
         """codes: [B, I, H, W] channels_last or [..., I], codes of x raised by 128 where they are signed."""
+        pixels = codes.reshape(1, -1, 1, codes.shape[-1]).permute(0, 3, 1, 2) if self.multiplies else codes
         zeros = torch.zeros(len(self.scale), dtype=torch.int32)
         written = self.dtype if kernels.writes(self.dtype) else torch.float32
-        tail: tuple[Any, ...] = (1.0, 0, written, "none", [], "")
-        if self.where is None:
-            rows = codes.reshape(-1, codes.shape[-1])
-            packed = self._pack(rows.shape)
-            result = torch.ops.onednn.qlinear_pointwise.default(
-                rows, *self.input, packed, self.scale, zeros, self.bias, *tail
-            )
-            return torch.ops.aten._unsafe_view(result, [*codes.shape[:-1], len(self.scale)]).to(self.dtype)
-        packed = self._pack(codes.shape)
         result = torch.ops.onednn.qconv2d_pointwise.default(
-            codes, *self.input, packed, self.scale, zeros, self.bias, *self.where, *tail
-        )
-        return result.to(self.dtype)
+            *(pixels, *self.input, self._pack(pixels.shape), self.scale, zeros, self.bias, *self.where),
+            *(1.0, 0, written, "none", [], ""),
+        ).to(self.dtype)
+        if self.multiplies:
+            # Not a view, so that the quantizer behind may use its memory.
+            result = torch.ops.aten._unsafe_view(result.permute(0, 2, 3, 1), [*codes.shape[:-1], len(self.scale)])
+        return result
 
     def _pack(self, shape: torch.Size) -> Tensor:
         if self._packed is None or self._packed[0] != shape:
+            integers = self.integers[:, :, None, None] if self.multiplies else self.integers
             # The layout does not depend on the scales, of which packing reads one after the other.
-            packed = (
-                torch.ops.onednn.qlinear_prepack.default(self.integers, None)
-                if self.where is None
-                else torch.ops.onednn.qconv_prepack.default(
-                    self.integers, torch.ones(()), *self.input, *self.where, list(shape)
-                )
+            packed = torch.ops.onednn.qconv_prepack.default(
+                integers, torch.ones(()), *self.input, *self.where, list(shape)
             )
             self._packed = shape, packed
         return self._packed[1]
@@ -238,8 +233,6 @@ def _is_worth_it(layer: QuantizedLayer, elements: int, weights: int) -> bool:
 def _is_exact(layer: QuantizedConv2d | QuantizedLinear) -> bool:
     """Whether this processor's kernels are, for weights as large as the layer's may be."""
     magnitude = 128 if layer.scheme.bits == 8 else kernels.SAFE_MAGNITUDE
-    if isinstance(layer, QuantizedLinear):
-        return kernels.multiplies_exactly(magnitude)
-    numbers = isinstance(layer.padding, tuple)
-    # Depthwise kernels are no quicker than float ones.
-    return numbers and layer.groups == 1 and kernels.convolves_exactly("dense", magnitude)
+    # Depthwise kernels are no quicker than float ones; padding may be a word.
+    dense = isinstance(layer, QuantizedLinear) or (layer.groups == 1 and isinstance(layer.padding, tuple))
+    return dense and kernels.convolves_exactly("dense", magnitude)
