@@ -15,6 +15,7 @@ from triton.runtime.jit import JITFunction
 
 from lowprec.layers import lookup, tensor_core_product, weights
 from lowprec.numerics import (
+    native_norms,
     straight_through,
     triton_activations,
     triton_arithmetic,
@@ -61,6 +62,9 @@ def interpreted() -> Iterator[None]:
     def everywhere(tensor: Tensor) -> bool:
         return True
 
+    def nowhere(tensor: Tensor) -> bool:
+        return False
+
     with _unchanged_language(), pytest.MonkeyPatch.context() as patch:
         # Read where a kernel is defined.
         patch.setenv("TRITON_INTERPRET", "1")
@@ -73,6 +77,7 @@ def interpreted() -> Iterator[None]:
             importlib.reload(module)
         for user in USERS:
             patch.setattr(user, "runs_triton", everywhere)
+        patch.setattr(native_norms, "runs_native", nowhere)
         patch.setattr(tensor_core_product, "multiplies", lambda device: True)
         try:
             yield
@@ -92,6 +97,6 @@ def operators_only() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for user in USERS:
             patch.setattr(user, "runs_triton", nowhere)
-        for user in (straight_through, weights, lookup, weight_integers):
+        for user in (straight_through, native_norms, weights, lookup, weight_integers):
             patch.setattr(user, "runs_native", nowhere)
         yield

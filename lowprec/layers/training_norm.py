@@ -12,6 +12,7 @@ from lowprec.numerics import native_norms
 from lowprec.numerics.fixed_point import EXACT_DTYPES, CodeRange
 from lowprec.numerics.memory import is_dense
 from lowprec.numerics.pools import passing_like
+from lowprec.numerics.straight_through import alike
 from lowprec.numerics.straight_through_norm import StraightThroughNorm
 
 
@@ -37,9 +38,7 @@ def quantized_norm(
 
     In one, as :class:`lowprec.numerics.straight_through_norm.StraightThroughNorm`, or None where that cannot be.
     """
-    if not (_can_place(norm, values) and native_norms.takes(values)):
-        return None
-    if addend is not None and (addend.dtype, addend.stride()) != (values.dtype, values.stride()):
+    if not (_can_place(norm, values) and native_norms.takes(values) and (addend is None or alike(values, addend))):
         return None
     assert isinstance(norm, nn.BatchNorm2d)
     result: Tensor = StraightThroughNorm.apply(values, *_arguments(norm), addend, exponent, codes, activation)
@@ -63,8 +62,12 @@ def _can_place(norm: nn.Module, values: Tensor) -> bool:
         or norm._forward_pre_hooks
     ):
         return False
-    tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    if any(tensor is None or tensor.dtype != torch.float32 for tensor in tensors) or norm.num_batches_tracked is None:
+    # What does not fit is PyTorch's to complain about.
+    fitting = torch.float32, values.device, values.shape[1:2], (1,)
+    for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+        if tensor is None or (tensor.dtype, tensor.device, tensor.shape, tensor.stride()) != fitting:
+            return False
+    if norm.num_batches_tracked is None:
         return False
     several = norm.training and values.dim() == 4 and values.numel() > values.shape[1]
     placeable = values.device.type == "cpu" and values.dtype in EXACT_DTYPES and is_dense(values)

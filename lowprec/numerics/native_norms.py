@@ -1,7 +1,7 @@
 """Kernels of batch norm in training for CPUs, in C, the quantizer behind it included: equal to PyTorch's operators, bit by bit.
 
-PyTorch's write the normalized values to memory for the quantizer to read, and the quantizer's gradient for the norm to read twice.
-Both add up in the same order here, and round where they do, which :func:`agrees` finds out by running them.
+PyTorch's write normalized values to memory for the quantizer to read, and its gradient for the norm to read twice. Both add up
+in the same order here, and round where they do, which :func:`agrees` finds out by running them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from lowprec.numerics.memory import is_channels_last
 from lowprec.numerics.native.library import library
@@ -55,6 +56,8 @@ def statistics(
         *(_rows(values), channels, threads, momentum, eps),
         *(tensor.data_ptr() for tensor in (parts, *result)),
     )
+    for changed in (running_mean, running_variance):
+        increment_version(changed)
     return result
 
 
@@ -114,9 +117,9 @@ def agrees(dtype: torch.dtype) -> bool:
         return torch.randn(shape, generator=generator)
 
     # Not a multiple of all vectors; more rows than threads on any machine.
-    values, gradient = (
-        (3 * some(2, 24, 33, 41) + 1).to(dtype).contiguous(memory_format=torch.channels_last) for _ in range(2)
-    )
+    values = (3 * some(2, 24, 33, 41) + 1).to(dtype).contiguous(memory_format=torch.channels_last)
+    # Next to nothing is left of such a gradient but what the last places of all factors make of it.
+    gradient = values + (some(*values.shape) / 64).to(dtype)
     weight, bias, mean, variance = some(24) + 2, some(24), some(24), some(24).square()
     running = mean.clone(), variance.clone()
     expected = torch.native_batch_norm(values, weight, bias, mean, variance, True, 0.1, 1e-5)
@@ -128,7 +131,9 @@ def agrees(dtype: torch.dtype) -> bool:
     mask = torch.full((values.numel() // 8,), 255, dtype=torch.uint8)
     of_parameters = norm_gradient(gradient, mask, values, found.mean, found.inverse, weight, None, out)
     # Steps so fine that the quantizer leaves the values as they are.
-    codes = quantize_normalized(values, found, None, torch.tensor(-8), (-(2.0**14), 2.0**14, -(2.0**14), 2.0**14), "", normalized)
+    codes = quantize_normalized(
+        values, found, None, torch.tensor(-8), (-(2.0**14), 2.0**14, -(2.0**14), 2.0**14), "", normalized
+    )
     rounded = (expected[0] * 256).round() / 256
     pairs = (
         *zip((mean, variance, *expected[1:], *gradients), (*running, *found[:2], out, *of_parameters), strict=True),

@@ -68,7 +68,7 @@ class StraightThroughActivation(torch.autograd.Function):
         ctx.dtypes = values.dtype, None if addend is None else addend.dtype
         ctx.kernels = kernels = _kernels(values)
         given = values
-        if addend is not None and not (kernels and values.dtype != torch.float16 and _alike(values, addend)):
+        if addend is not None and not (kernels and values.dtype != torch.float16 and alike(values, addend)):
             in_place = overwrite and values.dtype == addend.dtype
             values, addend = values.add_(addend) if in_place else values + addend, None
         if values.dtype == torch.float16:
@@ -156,7 +156,7 @@ def _kernels(values: Tensor) -> ModuleType | None:
     return native_activations if runs_native(values) else None
 
 
-def _alike(values: Tensor, addend: Tensor) -> bool:
+def alike(values: Tensor, addend: Tensor) -> bool:
     """Whether both are dense, and their elements lie in the same order, in one dtype."""
     same_order = values.shape == addend.shape and values.stride() == addend.stride()
     return is_dense(values) and same_order and values.dtype == addend.dtype

@@ -6,10 +6,18 @@ import copy
 
 import pytest
 import torch
+from native_kernels import needs_compiler
+from networks import awkward, images
 from torch import Tensor, nn
 
-from lowprec.layers import training_norm
-from lowprec.layers.training_norm import normalize
+import lowprec
+from lowprec.layers import ActivationQuantizer, training_norm
+from lowprec.layers.training_norm import normalize, quantized_norm
+from lowprec.models.cifar_resnet import CifarResNet
+from lowprec.numerics import native_norms
+from lowprec.numerics.fixed_point import SIGNED_8_BIT, UNSIGNED_8_BIT
+from lowprec.numerics.straight_through import straight_through_activation
+from lowprec.recipe import ActivationScheme, Recipe, WeightScheme
 
 
 def values_of(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -84,3 +92,160 @@ def test_who_watches_a_norm_sees_its_calls() -> None:
 def test_a_single_value_of_a_channel_is_an_error_as_ever() -> None:
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         normalize(norm_of(4), values_of(1, 4, 1, 1).requires_grad_())
+
+
+EXPONENT = torch.tensor(-6, dtype=torch.int32)
+
+
+def quantized_outcome(
+    fused: bool, norm: nn.BatchNorm2d, values: Tensor, addend: Tensor | None, activation: str, upstream: str
+) -> list[Tensor]:
+    """The result, all gradients and the statistics after two steps."""
+    norm, values = copy.deepcopy(norm), values.clone().requires_grad_()
+    addend = None if addend is None else addend.clone().requires_grad_()
+    codes = UNSIGNED_8_BIT if activation else SIGNED_8_BIT
+    for step in range(2):
+        if fused:
+            result = quantized_norm(norm, values, EXPONENT, codes, activation, addend)
+            assert result is not None
+            assert type(result.grad_fn).__name__ == "StraightThroughNormBackward"
+        else:
+            result = straight_through_activation(
+                normalize(norm, values), EXPONENT, codes, activation, overwrite=True, addend=addend
+            )
+        gradient = values_of(*result.shape, dtype=result.dtype) - step
+        if upstream == "contiguous":
+            gradient = gradient.contiguous()
+        # A gradient that is somebody else's, too, must stay as it is.
+        given = gradient.clone(memory_format=torch.preserve_format)
+        (result if upstream != "of an operator" else result * 1).backward(gradient)
+        assert torch.equal(gradient, given)
+    leaves = [values, *norm.parameters(), *([] if addend is None else [addend])]
+    return [result.detach(), *(leaf.grad for leaf in leaves), *norm.buffers()]
+
+
+@needs_compiler
+@pytest.mark.parametrize("upstream", ["the caller's", "of an operator", "contiguous"])
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("activation", ["", "relu", "relu6"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_with_its_quantizer_it_is_equal(dtype: torch.dtype, activation: str, adds: bool, upstream: str) -> None:
+    values = values_of(4, 24, 9, 7, dtype=dtype)
+    addend = values_of(4, 24, 9, 7, dtype=dtype).flip(0).contiguous(memory_format=torch.channels_last) if adds else None
+    norm = norm_of(24, momentum=None)
+    expected, found = (quantized_outcome(fused, norm, values, addend, activation, upstream) for fused in (False, True))
+    assert len(found) == 7 + adds
+    for one, other in zip(expected, found, strict=True):
+        assert one.dtype == other.dtype
+        assert one.abs().sum() > 0
+        assert torch.equal(one, other)
+
+
+@needs_compiler
+def test_what_needs_no_gradient_gets_none() -> None:
+    values, norm = values_of(2, 8, 5, 5).requires_grad_(), norm_of(8).requires_grad_(False)
+    result = quantized_norm(norm, values, EXPONENT, SIGNED_8_BIT)
+    assert result is not None
+    result.sum().backward()
+    assert values.grad is not None
+    assert norm.weight.grad is norm.bias.grad is None
+
+
+def hooked(norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
+    norm.register_forward_hook(lambda *arguments: None)
+    return norm
+
+
+@pytest.mark.parametrize(
+    ("norm", "values", "addend"),
+    [
+        (norm_of(8).eval(), values_of(2, 8, 5, 5), None),
+        (norm_of(8, affine=False), values_of(2, 8, 5, 5), None),
+        (hooked(norm_of(8)), values_of(2, 8, 5, 5), None),
+        (norm_of(12), values_of(2, 12, 5, 5), None),
+        (norm_of(8), values_of(2, 8, 5, 5).contiguous(), None),
+        (norm_of(8), values_of(2, 8, 5, 5), values_of(2, 8, 5, 5).contiguous()),
+        (norm_of(8), values_of(2, 8, 5, 5), values_of(2, 8, 5, 5).bfloat16()),
+    ],
+    ids=[
+        "evaluating",
+        "without weights",
+        "watched",
+        "12 channels",
+        "another order",
+        "an addend's",
+        "an addend's dtype",
+    ],
+)
+def test_where_it_cannot_be_one_with_its_quantizer(norm: nn.BatchNorm2d, values: Tensor, addend: Tensor | None) -> None:
+    values.requires_grad_()
+    assert quantized_norm(norm, values, EXPONENT, SIGNED_8_BIT, "", addend) is None
+    assert norm.num_batches_tracked == 0
+    quantizer = ActivationQuantizer(signed=True)
+    quantizer.set_exponent(int(EXPONENT))
+    found = quantizer(values, norm=copy.deepcopy(norm), addend=addend)
+    assert torch.equal(found, quantizer(copy.deepcopy(norm)(values), addend=addend))
+
+
+def test_what_does_not_fit_is_an_error_as_ever() -> None:
+    with pytest.raises(RuntimeError, match="8"):
+        ActivationQuantizer(signed=True)(values_of(2, 16, 5, 5).requires_grad_(), norm=norm_of(8))
+    values, addend = values_of(4, 8, 5, 5).requires_grad_(), values_of(2, 8, 5, 5)
+    assert quantized_norm(norm_of(8), values, EXPONENT, SIGNED_8_BIT, addend=addend) is None
+
+
+@needs_compiler
+def test_autograd_knows_of_the_statistics_change() -> None:
+    norm, values = norm_of(8), values_of(2, 8, 5, 5).requires_grad_()
+    kept = norm.running_var.requires_grad_().square()
+    norm.running_var.detach_()
+    quantized_norm(norm, values, EXPONENT, SIGNED_8_BIT)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept.sum().backward()
+
+
+def test_a_pytorch_that_rounds_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_norms, "agrees", lambda dtype: False)
+    assert quantized_norm(norm_of(8), values_of(2, 8, 5, 5).requires_grad_(), EXPONENT, SIGNED_8_BIT) is None
+
+
+def test_a_quantizer_that_is_off_leaves_the_norm() -> None:
+    quantizer, norm, values = ActivationQuantizer(signed=True), norm_of(8), values_of(2, 8, 5, 5).requires_grad_()
+    quantizer.quantizing = False
+    assert torch.equal(quantizer(values, norm=norm), copy.deepcopy(norm)(values))
+
+
+@needs_compiler
+@pytest.mark.parametrize("residual", ["requantized", "accumulator"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_network_trains_alike(dtype: torch.dtype, residual: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = awkward(CifarResNet(8, num_classes=10, in_channels=3, width=8), seed=3, dead_channels=False)
+    batch = images(1, 8, (3, 28, 28)).contiguous(memory_format=torch.channels_last)
+    qmodel = lowprec.prepare(
+        model,
+        Recipe(weights=WeightScheme(2, cluster_size=4), activations=ActivationScheme(residual=residual)),
+        batch[:2],
+    )
+    lowprec.calibrate(qmodel, [batch])
+    qmodel.to(memory_format=torch.channels_last).train()
+    apart = copy.deepcopy(qmodel)
+    fused = []
+    takes = native_norms.takes
+    monkeypatch.setattr(native_norms, "takes", lambda values: fused.append(takes(values)) or fused[-1])
+    trained = step(qmodel, batch, dtype)
+    assert len(fused) == 9
+    assert all(fused)
+    monkeypatch.setattr(native_norms, "takes", lambda values: False)
+    expected = step(apart, batch, dtype)
+    for one, other in zip(expected, trained, strict=True):
+        assert torch.equal(one, other)
+
+
+def step(qmodel: nn.Module, batch: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """The logits, all gradients and all buffers after a step."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        logits = qmodel(batch)
+    logits.float().square().sum().backward()
+    gradients = [parameter.grad for parameter in qmodel.parameters() if parameter.grad is not None]
+    assert len(gradients) > 20
+    return [logits.detach(), *gradients, *qmodel.buffers()]

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 import lowprec
 from lowprec.layers import weights
 from lowprec.models.cifar_resnet import CifarResNet
-from lowprec.numerics import straight_through
+from lowprec.numerics import native_norms, straight_through
 
 BATCH = images(1, 32, (1, 28, 28))
 LAYERS = 10
@@ -68,7 +68,7 @@ def test_a_step_on_operators_does_no_more_than_it_did(
     recipe: str, calls: int, written: float, model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Limits lie a tenth above what was counted. calls: a layer, above the plain step's; written: bytes to the plain step's."""
-    for user in (straight_through, weights):
+    for user in (straight_through, native_norms, weights):
         monkeypatch.setattr(user, "runs_native", lambda tensor: False)
     check(recipe, calls, written, model)
 

@@ -21,6 +21,7 @@ from lowprec.numerics.fixed_point import (
     quantize,
     quantize_to_grid,
     round_half_even,
+    scale_of,
     shift_round_half_even,
 )
 
@@ -45,6 +46,12 @@ def test_power_of_two_is_exact_over_the_normal_range() -> None:
     double = torch.arange(-1022, 1024, dtype=torch.int32)
     assert power_of_two(double, torch.float64).dtype == torch.float64
     assert power_of_two(double, torch.float64).tolist() == [2.0**e for e in range(-1022, 1024)]
+
+
+def test_a_scale_as_a_number() -> None:
+    for exponent in range(-126, 127):
+        assert scale_of(torch.tensor(exponent, dtype=torch.int32)) == 2.0**exponent
+        assert scale_of(torch.tensor(exponent, dtype=torch.int32), inverse=True) == 2.0**-exponent
 
 
 @given(

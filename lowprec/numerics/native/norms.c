@@ -2,7 +2,7 @@
 
    PyTorch's operators and these come to the same sums: rows are shared out among ``threads`` in equal parts, each adds its own up
    in float32, one after the other, and the parts' sums are added in WIDE. PyTorch's are compiled with fused multiply-adds, which
-   stand here in its places. */
+   stand here in their places: the last one of a gradient is none where as many channels as VECTOR are computed together. */
 
 #include <math.h>
 
@@ -48,7 +48,7 @@ static inline void add_products(float *to, vector one, vector other, int count) 
     write_float(to, V(fmadd_ps)(one, other, read_float(to, count)), count);
 }
 
-#define NORMS(TYPE, NAME, WIDE)                                                                                          \
+#define NORMS(TYPE, NAME, WIDE, VECTOR)                                                                                  \
     static inline float sum_of_parts_##NAME(const float *parts, int threads, ptrdiff_t channels, ptrdiff_t c) {          \
         WIDE sum = 0;                                                                                                    \
         for (int thread = 0; thread < threads; thread++) sum += parts[thread * channels + c];                            \
@@ -155,12 +155,14 @@ static inline void add_products(float *to, vector one, vector other, int count) 
                                   : where(bits_of(mask + i / 8, count), read_##NAME(gradient + i, count));               \
                 vector apart = apart_##NAME(x + i, mean + c, count);                                                     \
                 vector centred = V(sub_ps)(d, read_float(parts + c, count));                                             \
-                centred = V(fnmadd_ps)(apart, read_float(products + c, count), centred);                                 \
+                vector factor = read_float(products + c, count);                                                         \
+                centred = c >= channels / (VECTOR) * (VECTOR) ? V(fnmadd_ps)(apart, factor, centred)                     \
+                                                                 : V(sub_ps)(centred, V(mul_ps)(apart, factor));         \
                 centred = V(mul_ps)(centred, read_float(inverse + c, count));                                            \
                 write_##NAME(of_x + i, as_##NAME(V(mul_ps)(centred, read_float(weight + c, count))), count);             \
             });                                                                                                          \
         }                                                                                                                \
     }
 
-NORMS(float, float, double)
-NORMS(bfloat16, bfloat16, float)
+NORMS(float, float, double, channels + 1)
+NORMS(bfloat16, bfloat16, float, 16)

@@ -11,7 +11,8 @@ import pytest
 import torch
 from native_kernels import needs_compiler
 
-from lowprec.numerics.fixed_point import UNSIGNED_8_BIT
+from lowprec.layers.training_norm import quantized_norm
+from lowprec.numerics.fixed_point import SIGNED_8_BIT, UNSIGNED_8_BIT
 from lowprec.numerics.native import library as module
 from lowprec.numerics.native.library import BuildError, is_built, library
 from lowprec.numerics.straight_through import straight_through_activation
@@ -40,12 +41,15 @@ def test_it_is_built_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @needs_compiler
-def test_another_source_is_another_library(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["SOURCES", "HEADERS"])
+def test_another_source_is_another_library(
+    kind: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     library()
-    *others, last = module.SOURCES
+    *others, last = getattr(module, kind)
     changed = tmp_path / last.name
     changed.write_text(last.read_text() + "/* changed */")
-    monkeypatch.setattr(module, "SOURCES", (*others, changed))
+    monkeypatch.setattr(module, kind, (*others, changed))
     library.cache_clear()
     library()
     assert len(list(folder.iterdir())) == 2
@@ -57,6 +61,28 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, monkeypa
     (tmp_path / "lowprec").write_text("")
     assert is_built()
     assert (tmp_path / "lowprec").read_text() == ""
+
+
+@needs_compiler
+def test_registers_of_any_width_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of this CPU, and AVX2's, which each has that has wider ones."""
+    generator = torch.Generator().manual_seed(0)
+    values, gradient = (
+        torch.randn(3, 24, 7, 5, generator=generator).contiguous(memory_format=torch.channels_last) for _ in range(2)
+    )
+    exponent = torch.tensor(-6, dtype=torch.int32)
+    found = []
+    for capability in (torch.backends.cpu.get_cpu_capability(), "AVX2"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        library.cache_clear()
+        norm, leaf = torch.nn.BatchNorm2d(24), values.clone().requires_grad_()
+        result = quantized_norm(norm, leaf, exponent, UNSIGNED_8_BIT, "relu")
+        assert result is not None
+        result.backward(gradient)
+        behind = straight_through_activation(result.detach()[:, :23, 1:], exponent + 1, SIGNED_8_BIT)
+        found.append([result.detach(), behind, leaf.grad, norm.weight.grad, norm.bias.grad, *norm.buffers()])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize(
