@@ -111,6 +111,9 @@ class QuantizedLayer(nn.Module, ABC):
         if self.quantizer is None:
             return self.unquantized(values, shortcut)
         output, norm = self._multiplied_and_norm(values)
+        if norm is not None and self.quantizer._forward_pre_hooks:
+            # Who watches what is quantized is to see it.
+            output, norm = normalize(norm, output), None
         # No operator, batch norm or sum keeps its result for the backward pass.
         output = self.quantizer(output, self.activation, overwrite=True, norm=norm, addend=shortcut)
         return output.flatten(1) if self.flatten else output

@@ -300,8 +300,10 @@ def learned_exponents(rate: float) -> Method:
             activation: str = "",
             overwrite: bool = False,
             *,
+            norm: nn.Module | None = None,
             addend: Tensor | None = None,
         ) -> Tensor:
+            values = values if norm is None else norm(values)
             values = activate(values if addend is None else values + addend, activation)
             if not quantizer.training or quantizer not in learned:
                 return original(quantizer, values)

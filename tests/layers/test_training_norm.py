@@ -11,7 +11,7 @@ from networks import awkward, images
 from torch import Tensor, nn
 
 import lowprec
-from lowprec.layers import ActivationQuantizer, training_norm
+from lowprec.layers import ActivationQuantizer, quantized_layers, training_norm
 from lowprec.layers.training_norm import normalize, quantized_norm
 from lowprec.models.cifar_resnet import CifarResNet
 from lowprec.numerics import native_norms
@@ -239,6 +239,20 @@ def test_a_network_trains_alike(dtype: torch.dtype, residual: str, monkeypatch: 
     expected = step(apart, batch, dtype)
     for one, other in zip(expected, trained, strict=True):
         assert torch.equal(one, other)
+
+
+def test_who_watches_a_quantizer_sees_what_it_rounds() -> None:
+    model = CifarResNet(8, num_classes=10, in_channels=3, width=8).eval()
+    batch = images(1, 8, (3, 28, 28)).contiguous(memory_format=torch.channels_last)
+    qmodel = lowprec.prepare(model, "w2a8_n4", batch[:2])
+    lowprec.calibrate(qmodel, [batch])
+    qmodel.to(memory_format=torch.channels_last).train()
+    layer = next(layer for _, layer in quantized_layers(qmodel) if layer.norm is not None)
+    seen: list[Tensor] = []
+    layer.quantizer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach().clone()))
+    qmodel(batch)
+    (normalized,) = seen
+    torch.testing.assert_close(normalized.mean((0, 2, 3)), layer.norm.bias.detach(), rtol=0, atol=1e-5)
 
 
 def step(qmodel: nn.Module, batch: Tensor, dtype: torch.dtype) -> list[Tensor]:
