@@ -118,7 +118,7 @@ class PackedProduct:
     def __call__(self, codes: Tensor) -> Tensor:
         """codes: [B, I, H, W] channels_last or [..., I], codes of x raised by 128 where they are signed."""
         pixels = codes.reshape(1, -1, 1, codes.shape[-1]).permute(0, 3, 1, 2) if self.multiplies else codes
-        zeros = torch.zeros(len(self.scale), dtype=torch.int32)
+        zeros = codes.new_zeros(len(self.scale), dtype=torch.int32)
         written = self.dtype if kernels.writes(self.dtype) else torch.float32
         result = torch.ops.onednn.qconv2d_pointwise.default(
             *(pixels, *self.input, self._pack(pixels.shape), self.scale, zeros, self.bias, *self.where),
@@ -134,7 +134,7 @@ class PackedProduct:
             integers = self.integers[:, :, None, None] if self.multiplies else self.integers
             # The layout does not depend on the scales, of which packing reads one after the other.
             packed = torch.ops.onednn.qconv_prepack.default(
-                integers, torch.ones(()), *self.input, *self.where, list(shape)
+                integers, integers.new_ones((), dtype=torch.float32), *self.input, *self.where, list(shape)
             )
             self._packed = shape, packed
         return self._packed[1]

@@ -55,23 +55,25 @@ def _arguments(norm: nn.BatchNorm2d) -> tuple[Any, ...]:
 
 def _can_place(norm: nn.Module, values: Tensor) -> bool:
     """Whether ``norm`` is PyTorch's own, in training, on what it normalizes without an error, and nobody watches its calls."""
-    if (
-        torch.compiler.is_compiling()
-        or type(norm) is not nn.BatchNorm2d
-        or norm._forward_hooks
-        or norm._forward_pre_hooks
-    ):
+    if torch.compiler.is_compiling() or type(norm) is not nn.BatchNorm2d or _is_watched(norm):
         return False
     # What does not fit is PyTorch's to complain about.
     fitting = torch.float32, values.device, values.shape[1:2], (1,)
     for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
         if tensor is None or (tensor.dtype, tensor.device, tensor.shape, tensor.stride()) != fitting:
             return False
-    if norm.num_batches_tracked is None:
+    if norm.num_batches_tracked is None or not norm.track_running_stats or norm.eps <= 0:
         return False
     several = norm.training and values.dim() == 4 and values.numel() > values.shape[1]
     placeable = values.device.type == "cpu" and values.dtype in EXACT_DTYPES and is_dense(values)
     return several and placeable and values.requires_grad
+
+
+def _is_watched(norm: nn.Module) -> bool:
+    """Whether a call of it does more than its class says: hooks, or a function in its place."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    everywhere = vars(nn.modules.module).get("_has_any_global_hook", lambda: True)()
+    return everywhere or "forward" in vars(norm) or any(getattr(norm, kind) for kind in hooks)
 
 
 class _BatchNorm(torch.autograd.Function):

@@ -66,11 +66,11 @@ class WeightQuantizer(nn.Module):
         self.scheme = scheme
         self.layout = ClusterLayout(tuple(weight_shape), scheme.cluster_size, scheme.layout)
         if scheme.bits != 8:
-            self.register_buffer("scale", torch.zeros(self.layout.scale_shape))
+            self.register_buffer("scale", torch.zeros(self.layout.scale_shape, dtype=torch.float32))
         if scheme.planes == 2:
-            self.register_buffer("residual_scale", torch.zeros(self.layout.scale_shape))
+            self.register_buffer("residual_scale", torch.zeros(self.layout.scale_shape, dtype=torch.float32))
         elif scheme.bits == 2:
-            self.register_buffer("threshold", torch.full(self.layout.scale_shape, torch.inf))
+            self.register_buffer("threshold", torch.full(self.layout.scale_shape, torch.inf, dtype=torch.float32))
 
     @torch.no_grad()
     def solve(self, weight: Tensor, name: str) -> None:

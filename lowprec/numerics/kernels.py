@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+# Whatever the default device is.
+CPU = torch.device("cpu")
 # 2 · 255 · 64 = 32640 fits int16.
 SAFE_MAGNITUDE = 64
 # (inputs, outputs, groups, kernel): oneDNN picks other kernels for images, for one channel a group, and for few groups.
@@ -66,7 +68,10 @@ def writes(dtype: torch.dtype) -> bool:
 def _product(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """(x − 128) · weightᵀ of bytes [rows, inputs] and int8 weights [outputs, inputs]."""
     packed = torch.ops.onednn.qlinear_prepack.default(weight, list(x.shape))
-    ones, zeros = torch.ones(len(weight)), torch.zeros(len(weight), dtype=torch.int32)
+    ones, zeros = (
+        torch.ones(len(weight), dtype=torch.float32, device=CPU),
+        weight.new_zeros(len(weight), dtype=torch.int32),
+    )
     result: Tensor = torch.ops.onednn.qlinear_pointwise.default(
         x, 1.0, 128, packed, ones, zeros, None, 1.0, 0, dtype, "none", [], ""
     )
@@ -79,15 +84,15 @@ def _convolution_agrees(inputs: int, outputs: int, groups: int, kernel: int, mag
     x = _bytes(generator, 2, inputs, 9, 10).contiguous(memory_format=torch.channels_last)
     weight = _weights(generator, magnitude, outputs, inputs // groups, kernel, kernel)
     # Shifts that leave ties: half of the odd multiples of 2^(shift − 1) must round down to even.
-    scale = 2.0 ** -torch.randint(5, 12, (outputs,), generator=generator).float()
-    bias = torch.randint(-999, 999, (outputs,), generator=generator).float()
+    scale = 2.0 ** -torch.randint(5, 12, (outputs,), generator=generator, device=CPU).float()
+    bias = torch.randint(-999, 999, (outputs,), generator=generator, device=CPU).float()
     geometry = ([1, 1], [padding, padding], [1, 1], groups)
     for zero, output_zero in ((0, 0), (128, 128)):
         sums = functional.conv2d(x.double() - zero, weight.double(), bias.double(), 1, padding, 1, groups)
         expected = (sums * scale.double().view(-1, 1, 1)).round().add(output_zero).clamp(0, 255)
         try:
             packed = torch.ops.onednn.qconv_prepack.default(weight, scale, 1.0, zero, *geometry, list(x.shape))
-            zeros = torch.zeros(outputs, dtype=torch.int32)
+            zeros = weight.new_zeros(outputs, dtype=torch.int32)
             found = torch.ops.onednn.qconv2d_pointwise.default(
                 x,
                 1.0,
@@ -113,12 +118,16 @@ def _convolution_agrees(inputs: int, outputs: int, groups: int, kernel: int, mag
 
 def _bytes(generator: torch.Generator, *shape: int) -> Tensor:
     """Mostly 255, so that pairs of products saturate where they can."""
-    x = torch.randint(0, 256, shape, generator=generator)
-    return torch.where(torch.rand(shape, generator=generator) < 0.7, 255, x).to(torch.uint8)
+    x = torch.randint(0, 256, shape, generator=generator, device=CPU)
+    return torch.where(_mostly(generator, shape), 255, x).to(torch.uint8)
 
 
 def _weights(generator: torch.Generator, magnitude: int, *shape: int) -> Tensor:
     """Mostly of the largest magnitude, with runs of one sign."""
-    weight = torch.randint(-magnitude, magnitude + 1, shape, generator=generator)
-    signs = 1 - 2 * torch.randint(0, 2, (*shape[:1], *[1] * (len(shape) - 1)), generator=generator)
-    return torch.where(torch.rand(shape, generator=generator) < 0.7, magnitude * signs, weight).clamp(-128, 127).char()
+    weight = torch.randint(-magnitude, magnitude + 1, shape, generator=generator, device=CPU)
+    signs = 1 - 2 * torch.randint(0, 2, (*shape[:1], *[1] * (len(shape) - 1)), generator=generator, device=CPU)
+    return torch.where(_mostly(generator, shape), magnitude * signs, weight).clamp(-128, 127).char()
+
+
+def _mostly(generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
+    return torch.rand(shape, generator=generator, dtype=torch.float32, device=CPU) < 0.7

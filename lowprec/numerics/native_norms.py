@@ -6,6 +6,7 @@ in the same order here, and round where they do, which :func:`agrees` finds out 
 
 from __future__ import annotations
 
+import logging
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -18,7 +19,9 @@ from lowprec.numerics.native.library import library
 from lowprec.numerics.native_activations import NAMES, limits, runs_native
 from lowprec.numerics.pools import kept_like
 
-# Channels that the kernels take at a time.
+log = logging.getLogger("lowprec.kernels")
+
+# The kernels take channels by the eights.
 LANES = 8
 
 
@@ -34,7 +37,7 @@ class Statistics(NamedTuple):
 def takes(values: Tensor) -> bool:
     """Whether these kernels normalize ``values``, [B, C, H, W]."""
     fits = is_channels_last(values) and values.shape[1] % LANES == 0 and _rows(values) > torch.get_num_threads()
-    return fits and runs_native(values) and agrees(values.dtype)
+    return fits and runs_native(values) and agrees(values.dtype, torch.get_num_threads())
 
 
 def statistics(
@@ -48,8 +51,8 @@ def statistics(
 ) -> Statistics:
     """Of ``values`` [B, C, H, W], channels last, for a norm with that weight and bias; the running ones [C] follow them."""
     channels, threads = values.shape[1], torch.get_num_threads()
-    result = Statistics(*torch.empty(4, channels).unbind())
-    parts = torch.empty(threads, channels)
+    result = Statistics(*_floats(values, 4, channels).unbind())
+    parts = _floats(values, threads, channels)
     function = getattr(library(), f"statistics_{NAMES[values.dtype]}")
     function(
         *(tensor.data_ptr() for tensor in (values, weight, bias, running_mean, running_variance)),
@@ -97,8 +100,8 @@ def norm_gradient(
     memory. Returns ∂L/∂weight and ∂L/∂bias, [C].
     """
     channels, threads = values.shape[1], torch.get_num_threads()
-    of_weight, of_bias = torch.empty(channels), torch.empty(channels)
-    parts = torch.empty(2, threads, channels)
+    of_weight, of_bias = _floats(values, channels), _floats(values, channels)
+    parts = _floats(values, 2, threads, channels)
     function = getattr(library(), f"norm_gradient_{NAMES[values.dtype]}")
     function(
         *(tensor.data_ptr() for tensor in (gradient, mask, values, mean, inverse, weight)),
@@ -108,13 +111,27 @@ def norm_gradient(
     return of_weight, of_bias
 
 
-@lru_cache(maxsize=8)
-def agrees(dtype: torch.dtype) -> bool:
-    """Whether PyTorch's operators come to the same bits here: other versions may be compiled in another way."""
+@lru_cache(maxsize=64)
+def agrees(dtype: torch.dtype, threads: int) -> bool:
+    """Whether PyTorch's operators come to the same bits here with so many threads: others may be compiled in another way.
+
+    Says once, as information, where they do not.
+    """
+    with torch.device("cpu"):
+        same = _is_same(dtype)
+    if not same:
+        log.info(
+            "batch norm and quantizer run apart, which takes longer: with %d threads PyTorch's %s batch norm rounds otherwise",
+            *(threads, NAMES[dtype]),
+        )
+    return same
+
+
+def _is_same(dtype: torch.dtype) -> bool:
     generator = torch.Generator().manual_seed(0)
 
     def some(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator, dtype=torch.float32)
 
     # Not a multiple of all vectors; more rows than threads on any machine.
     values = (3 * some(2, 24, 33, 41) + 1).to(dtype).contiguous(memory_format=torch.channels_last)
@@ -132,7 +149,13 @@ def agrees(dtype: torch.dtype) -> bool:
     of_parameters = norm_gradient(gradient, mask, values, found.mean, found.inverse, weight, None, out)
     # Steps so fine that the quantizer leaves the values as they are.
     codes = quantize_normalized(
-        values, found, None, torch.tensor(-8), (-(2.0**14), 2.0**14, -(2.0**14), 2.0**14), "", normalized
+        values,
+        found,
+        None,
+        torch.tensor(-8, dtype=torch.int32),
+        (-(2.0**14), 2.0**14, -(2.0**14), 2.0**14),
+        "",
+        normalized,
     )
     rounded = (expected[0] * 256).round() / 256
     pairs = (
@@ -141,6 +164,11 @@ def agrees(dtype: torch.dtype) -> bool:
         (mask, codes),
     )
     return all(torch.equal(one, other) for one, other in pairs)
+
+
+def _floats(like: Tensor, *shape: int) -> Tensor:
+    """What kernels write float32 to, whatever the default dtype and device are."""
+    return like.new_empty(shape, dtype=torch.float32)
 
 
 def _rows(values: Tensor) -> int:

@@ -31,7 +31,7 @@ def quantize_weight(
     """As :func:`lowprec.numerics.triton_weights.quantize_weight`."""
     w_OIP = with_positions(weight)
     quantized = torch.empty_like(w_OIP, dtype=dtype)
-    exponent = torch.empty(len(weight), dtype=torch.int32)
+    exponent = weight.new_empty(len(weight), dtype=torch.int32)
     bits = 4 if threshold is None else 2
     library().quantize_clusters(
         *(w_OIP.data_ptr(), scale.data_ptr(), None if threshold is None else threshold.data_ptr()),
@@ -47,7 +47,7 @@ def quantize_eight_bit(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tens
     # Both orders of memory keep an output channel together.
     weight = weight.detach() if is_dense(weight) else weight.detach().contiguous()
     quantized = torch.empty_like(weight, dtype=dtype)
-    exponent = torch.empty(len(weight), dtype=torch.int32)
+    exponent = weight.new_empty(len(weight), dtype=torch.int32)
     library().quantize_eight_bit(
         *(weight.data_ptr(), quantized.data_ptr(), exponent.data_ptr()),
         *(len(weight), weight[0].numel(), dtype == torch.bfloat16),

@@ -150,7 +150,7 @@ def _place(
     else:
         strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
     # Not a view: operators may write into it, and the memory is known as this tensor's alone.
-    return torch.empty(0, dtype=dtype).set_(flat.untyped_storage(), 0, shape, strides)
+    return torch.empty(0, dtype=dtype, device="cpu").set_(flat.untyped_storage(), 0, shape, strides)
 
 
 def _takes(values: Tensor, shape: Sequence[int] | None) -> bool:

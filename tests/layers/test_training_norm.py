@@ -151,8 +151,13 @@ def test_what_needs_no_gradient_gets_none() -> None:
     assert norm.weight.grad is norm.bias.grad is None
 
 
-def hooked(norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
-    norm.register_forward_hook(lambda *arguments: None)
+def watched(norm: nn.BatchNorm2d, how: str) -> nn.BatchNorm2d:
+    getattr(norm, how)(lambda *arguments: None)
+    return norm
+
+
+def changed(norm: nn.BatchNorm2d, name: str, value: object) -> nn.BatchNorm2d:
+    setattr(norm, name, value)
     return norm
 
 
@@ -161,33 +166,72 @@ def hooked(norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
     [
         (norm_of(8).eval(), values_of(2, 8, 5, 5), None),
         (norm_of(8, affine=False), values_of(2, 8, 5, 5), None),
-        (hooked(norm_of(8)), values_of(2, 8, 5, 5), None),
+        (watched(norm_of(8), "register_forward_hook"), values_of(2, 8, 5, 5), None),
+        (watched(norm_of(8), "register_forward_pre_hook"), values_of(2, 8, 5, 5), None),
+        (watched(norm_of(8), "register_full_backward_hook"), values_of(2, 8, 5, 5), None),
+        (watched(norm_of(8), "register_full_backward_pre_hook"), values_of(2, 8, 5, 5), None),
+        (changed(norm_of(8), "forward", torch.square), values_of(2, 8, 5, 5), None),
+        (changed(norm_of(8), "track_running_stats", False), values_of(2, 8, 5, 5), None),
         (norm_of(12), values_of(2, 12, 5, 5), None),
         (norm_of(8), values_of(2, 8, 5, 5).contiguous(), None),
         (norm_of(8), values_of(2, 8, 5, 5), values_of(2, 8, 5, 5).contiguous()),
         (norm_of(8), values_of(2, 8, 5, 5), values_of(2, 8, 5, 5).bfloat16()),
     ],
     ids=[
-        "evaluating",
-        "without weights",
-        "watched",
-        "12 channels",
-        "another order",
-        "an addend's",
-        "an addend's dtype",
+        *("evaluating", "without weights", "watched", "watched before", "watched backward", "watched before backward"),
+        *("replaced", "tracking nothing", "12 channels", "another order", "an addend's", "an addend's dtype"),
     ],
 )
 def test_where_it_cannot_be_one_with_its_quantizer(norm: nn.BatchNorm2d, values: Tensor, addend: Tensor | None) -> None:
     values.requires_grad_()
     assert quantized_norm(norm, values, EXPONENT, SIGNED_8_BIT, "", addend) is None
     assert norm.num_batches_tracked == 0
+    assert torch.equal(normalize(copy.deepcopy(norm), values), copy.deepcopy(norm)(values))
     quantizer = ActivationQuantizer(signed=True)
     quantizer.set_exponent(int(EXPONENT))
     found = quantizer(values, norm=copy.deepcopy(norm), addend=addend)
     assert torch.equal(found, quantizer(copy.deepcopy(norm)(values), addend=addend))
 
 
+def test_hooks_of_all_modules_are_called() -> None:
+    norm, values, seen = norm_of(8), values_of(2, 8, 5, 5).requires_grad_(), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        quantizer = ActivationQuantizer(signed=True)
+        quantizer.set_exponent(int(EXPONENT))
+        quantizer(values, norm=norm)
+    finally:
+        handle.remove()
+    assert seen == [norm, quantizer]
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_default_dtype_and_device_are_nothing_to_it(dtype: torch.dtype) -> None:
+    outcomes = []
+    for default, device in ((torch.float32, "cpu"), (dtype, "meta")):
+        native_norms.agrees.cache_clear()
+        norm, values, upstream = norm_of(16), values_of(2, 16, 5, 5).requires_grad_(), values_of(2, 16, 5, 5).square()
+        torch.set_default_dtype(default)
+        try:
+            with torch.device(device):
+                result = quantized_norm(norm, values, EXPONENT, SIGNED_8_BIT)
+                assert result is not None
+                result.backward(upstream)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        outcomes.append([result.detach(), values.grad, norm.weight.grad, norm.bias.grad, *norm.buffers()])
+    for one, other in zip(*outcomes, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_what_does_not_fit_is_an_error_as_ever() -> None:
+    for function in (
+        normalize,
+        lambda norm, values: quantized_norm(norm, values, EXPONENT, SIGNED_8_BIT) or norm(values),
+    ):
+        with pytest.raises(ValueError, match="eps must be positive"):
+            function(norm_of(8, eps=0.0), values_of(2, 8, 5, 5).requires_grad_())
     with pytest.raises(RuntimeError, match="8"):
         ActivationQuantizer(signed=True)(values_of(2, 16, 5, 5).requires_grad_(), norm=norm_of(8))
     values, addend = values_of(4, 8, 5, 5).requires_grad_(), values_of(2, 8, 5, 5)
@@ -205,7 +249,7 @@ def test_autograd_knows_of_the_statistics_change() -> None:
 
 
 def test_a_pytorch_that_rounds_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_norms, "agrees", lambda dtype: False)
+    monkeypatch.setattr(native_norms, "agrees", lambda dtype, threads: False)
     assert quantized_norm(norm_of(8), values_of(2, 8, 5, 5).requires_grad_(), EXPONENT, SIGNED_8_BIT) is None
 
 

@@ -44,7 +44,27 @@ def parameters_of(channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def test_they_agree_with_the_operators_of_this_pytorch(dtype: torch.dtype) -> None:
     """Where another version rounds otherwise, all else here is bound to fail, and layers do without these kernels."""
     native_norms.agrees.cache_clear()
-    assert native_norms.agrees(dtype)
+    assert native_norms.agrees(dtype, torch.get_num_threads())
+
+
+def test_operators_that_round_otherwise_are_told_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """For each number of threads, once."""
+    norm = torch.native_batch_norm
+
+    def other(*arguments: object) -> tuple[Tensor, ...]:
+        result, mean, inverse = norm(*arguments)
+        return result, mean, inverse * (1 + 2**-20)
+
+    monkeypatch.setattr(torch, "native_batch_norm", other)
+    native_norms.agrees.cache_clear()
+    values = values_of(2, 16, 5, 5, dtype=torch.float32)
+    with caplog.at_level("INFO", logger="lowprec.kernels"):
+        assert not native_norms.takes(values)
+        assert not native_norms.takes(values)
+    native_norms.agrees.cache_clear()
+    assert caplog.text.count("batch norm and quantizer run apart") == 1
 
 
 @pytest.mark.parametrize("momentum", [0.1, 0.37, 1.0])
