@@ -149,6 +149,23 @@ def test_nan_spoils_its_channel_and_no_other(dtype: torch.dtype) -> None:
         assert torch.equal(found, spoilt)
 
 
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_weight_that_is_nan_is_not_lost(dtype: torch.dtype, bits: int) -> None:
+    """GPUs make NaNs of ones alone, which rounding to bfloat16 must not carry over."""
+    values = values_of(2, 24, 5, 5, dtype=dtype)
+    weight, bias, *running = parameters_of(24)
+    weight[20] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    norm = native_norms.statistics(values, weight, bias, *running, 0.1, 1e-5)
+    out, gradient = torch.empty_like(values), torch.empty_like(values)
+    ends = Ends.of(SIGNED_8_BIT.low, SIGNED_8_BIT.high, dtype)
+    mask = native_norms.quantize_normalized(values, norm, None, torch.tensor(-5), ends, "", out)
+    native_norms.norm_gradient(values, mask, values, norm.mean, norm.inverse, weight, None, gradient)
+    for found in (out, gradient):
+        assert found[:, 20].isnan().all()
+        assert int(found.isnan().sum()) == found[:, 20].numel()
+
+
 def test_what_they_take() -> None:
     values = values_of(2, 16, 5, 5, dtype=torch.float32)
     assert native_norms.takes(values)

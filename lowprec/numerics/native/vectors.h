@@ -28,14 +28,16 @@ static inline void store_bfloat16(bfloat16 *to, __m256 values) {
     _mm_storeu_si128((__m128i *)to, _mm256_castsi256_si128(packed));
 }
 
-/* A sum as its dtype rounds it, half to even. The last 16 bits of a NaN are zeros, as processors make it, and stay so. */
+/* A sum as its dtype rounds it, half to even; NaN stays, whatever its bits are, which rounding might carry over into a zero. */
+#define KEEP_NAN_256(rounded, sum) _mm256_blendv_ps(rounded, sum, _mm256_cmp_ps(sum, sum, _CMP_UNORD_Q))
+#define KEEP_NAN_512(rounded, sum) _mm512_mask_mov_ps(rounded, _mm512_cmp_ps_mask(sum, sum, _CMP_UNORD_Q), sum)
 #define ROUND(VECTOR, NAME, BITS)                                                                                        \
     static inline VECTOR NAME(VECTOR sum) {                                                                              \
         __m##BITS##i bits = _mm##BITS##_castps_si##BITS(sum);                                                            \
         __m##BITS##i odd = _mm##BITS##_and_si##BITS(_mm##BITS##_srli_epi32(bits, 16), _mm##BITS##_set1_epi32(1));        \
         bits = _mm##BITS##_add_epi32(bits, _mm##BITS##_add_epi32(odd, _mm##BITS##_set1_epi32(0x7FFF)));                  \
         bits = _mm##BITS##_and_si##BITS(bits, _mm##BITS##_set1_epi32((int)0xFFFF0000));                                  \
-        return _mm##BITS##_castsi##BITS##_ps(bits);                                                                      \
+        return KEEP_NAN_##BITS(_mm##BITS##_castsi##BITS##_ps(bits), sum);                                                \
     }
 
 static inline __m256 round_float(__m256 sum) { return sum; }
